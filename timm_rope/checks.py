@@ -1,0 +1,32 @@
+"""Checks of user input. Every message names the argument, the value given and what would be right."""
+import math
+from numbers import Integral, Real
+from typing import Any, Sequence
+
+
+def check_integer(value: Any, name: str, minimum: int = 1) -> int:
+    """A plain integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}.')
+    return int(value)
+
+
+def check_positive(value: Any, name: str) -> float:
+    """A finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f'{name} must be a positive finite number, got {value!r}.')
+    return float(value)
+
+
+def check_choice(value: Any, choices: Sequence[str], name: str) -> str:
+    """One of `choices`."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(map(repr, choices))}, got {value!r}.')
+    return value
+
+
+def check_group(head_dim: Any, size: int, encoding: str) -> int:
+    """How many groups of `size` channels fit into a head; at least one must."""
+    if check_integer(head_dim, 'head_dim') < size:
+        raise ValueError(f'head_dim must be at least {size} for {encoding!r}, got {head_dim}.')
+    return head_dim // size

@@ -1,0 +1,335 @@
+"""What an encoding is: coordinate convention + frequencies + rotation + learned or not, under a name.
+
+A subclass (one file in `encodings/`, one line in `encodings/__init__.py`) says what its frequencies are; everything
+else is here: the reference grid, the payloads of a grid, their cache, precision, and what a checkpoint must agree on.
+
+Shapes: L layers, H heads, G channel groups, N tokens, W payload width. An axis of size 2 is (x, y), x first.
+"""
+import inspect
+from typing import Any, ClassVar, Dict, List, Optional, Set, Tuple, Type
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import PayloadCache
+from .coordinates import COORDS, grid_coordinates, to_grid
+from .rotation import Rotation
+from .signature import format_signature, read_signature, signature_conflicts
+
+torch.fx.wrap('grid_coordinates')
+
+ENCODINGS: Dict[str, Type['RotaryEncoding']] = {}
+
+
+class RotaryEncoding(nn.Module):
+    """Base class of every rotary encoding.
+
+    Calling the module with a grid size gives the payloads, one per block of the model; `rotate` applies one.
+
+        rope = create_rope('spherical', head_dim=64, num_heads=6, depth=12)
+        payloads = rope((14, 14))
+        q = rope.rotate(q, payloads[0])  # (batch, heads, 196, 64)
+
+    Frequencies, coordinates and payloads are kept and computed in float32 (float64 in a float64 module), whatever
+    dtype the model is cast to and outside autocast: in bfloat16 the positions of a 32 x 32 grid are off by 0.3 rad.
+
+    Args:
+        rotation: How the channel groups turn.
+        freqs_shape: Shape of the frequencies that `initial_freqs` fills.
+        learned: Whether the frequencies are a parameter (in the state dict) or a non-persistent buffer.
+        head_dim: Channels per head.
+        num_heads: Attention heads.
+        depth: Blocks of the model, one payload each.
+        reference_grid: (rows, columns) the weights are trained on; see `coordinates.py`. Loaded weights bring theirs.
+        coords: Coordinate convention, one of `coords_choices`.
+        options: The encoding's own options, for `extra_repr` and, unless they only matter for initialisation, for the
+            signature that a checkpoint must agree with.
+        init_options: Names of the options that only matter for initialisation.
+
+    Attributes:
+        freqs: Frequencies or generators, x first.
+        reference_grid: Integer tensor (2,), saved with the weights.
+        signature: uint8 tensor, the name and options of the encoding as text, saved with the weights. Fixed
+            encodings have no other tensor that could tell a spherical checkpoint from an axial one.
+    """
+    name: ClassVar[str] = ''
+    summary: ClassVar[str] = ''  # one sentence for tables: what it is and when to use it
+    source: ClassVar[str] = ''
+    learned: ClassVar[bool] = False
+    oblique: ClassVar[bool] = False  # wave vectors off the axes
+    relative: ClassVar[str] = 'xy'  # axes along which the score depends on the offset alone: 'xy', '', 'last'
+    coords_choices: ClassVar[Tuple[str, ...]] = COORDS
+    span: ClassVar[float] = 2 * torch.pi  # of the reference image in normalised coordinates
+    centered: ClassVar[bool] = True
+    __constants__ = ['centered', 'span']  # TorchScript finds class attributes only here
+
+    def __init_subclass__(cls, name: str = '', **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if name:
+            if name in ENCODINGS and ENCODINGS[name].__qualname__ != cls.__qualname__:
+                raise ValueError(f'Rotary encoding {name!r} is already defined by {ENCODINGS[name].__qualname__}.')
+            cls.name = name
+            ENCODINGS[name] = cls
+
+    def __init__(
+            self,
+            rotation: Rotation,
+            freqs_shape: Tuple[int, ...],
+            head_dim: int,
+            num_heads: int,
+            depth: int,
+            reference_grid: Tuple[int, int],
+            coords: str,
+            options: Optional[Dict[str, Any]] = None,
+            init_options: Tuple[str, ...] = (),
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__()
+        if coords not in self.coords_choices:
+            raise ValueError(f'coords of {self.name!r} must be one of {self.coords_choices}, got {coords!r}.')
+        self.rotation = rotation
+        self.head_dim = head_dim
+        self.num_heads = num_heads
+        self.depth = depth
+        self.coords = coords
+        self.options = {'coords': coords, **(options or {})}
+        self._initial_grid = to_grid(reference_grid, 'reference_grid')
+        self._signature = format_signature(
+            self.name, {k: v for k, v in self.options.items() if k not in init_options})
+        self._cache = PayloadCache()
+
+        dtype = dtype or torch.get_default_dtype()
+        if dtype.itemsize < 4:
+            dtype = torch.float32
+        freqs = torch.empty(freqs_shape, device=device, dtype=dtype)
+        if self.learned:
+            self.freqs = nn.Parameter(freqs)
+        else:
+            self.register_buffer('freqs', freqs, persistent=False)
+        self.register_buffer('reference_grid', torch.empty(2, device=device, dtype=torch.int64))
+        self.register_buffer('signature', torch.empty(len(self._signature), device=device, dtype=torch.uint8))
+        self.reset_parameters()
+
+    # -- what a subclass defines
+
+    def initial_freqs(self) -> Tensor:
+        """Initial value of `freqs`, in its shape, on its device and in its dtype."""
+        raise NotImplementedError
+
+    def frequencies(self) -> Tensor:
+        """Frequencies as the rotation takes them, x first; overridden where `freqs` is stored in a denser form."""
+        return self.freqs
+
+    # -- initialisation and dtype
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill every tensor of the module, also after `to_empty`."""
+        self.reference_grid.copy_(torch.tensor(self._initial_grid, device=self.reference_grid.device))
+        self.signature.copy_(torch.tensor(list(self._signature.encode()), device=self.signature.device))
+        self.freqs.copy_(self.initial_freqs())
+
+    @torch.no_grad()
+    def init_non_persistent_buffers(self) -> None:
+        """Fill what a checkpoint does not bring (called by timm and transformers after loading on the meta device)."""
+        if not self.learned:
+            self.freqs.copy_(self.initial_freqs())
+
+    def _apply(self, fn, recurse: bool = True):
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if tensor.is_floating_point() and out.is_floating_point() and out.dtype.itemsize < 4:
+                return tensor.to(device=out.device, dtype=torch.float32)
+            return out
+
+        dtype = self.freqs.dtype
+        super()._apply(at_least_float32, recurse)
+        if self.freqs.dtype != dtype:
+            self.init_non_persistent_buffers()  # at the new precision, not rounded at the old one
+        return self
+
+    def keep_layers(self, depth: int) -> None:
+        """Drop the frequencies of all but the first `depth` blocks (the model was pruned)."""
+        if self.learned and self.freqs.shape[1] > 1:
+            self.freqs = nn.Parameter(self.freqs.detach()[:, :depth].clone(), requires_grad=self.freqs.requires_grad)
+        self.depth = depth
+
+    # -- payloads
+
+    def forward(self, grid_size: Tuple[int, int], num_prefix_tokens: int = 0) -> List[Tensor]:
+        """Payloads of a grid.
+
+        A grid whose payloads need no gradient is computed once and cached; the cache is dropped when the frequencies
+        or the reference grid change in value, device or dtype.
+
+        Args:
+            grid_size: (rows, columns) of patches.
+            num_prefix_tokens: Tokens in front of the patches (class, registers); their payload is the identity.
+
+        Returns:
+            One payload per block, (H or 1, prefix + N, W). Blocks that share their frequencies share the tensor.
+
+        Raises:
+            ValueError: `grid_size` is not two positive integers.
+        """
+        if not torch.jit.is_scripting():
+            if self._is_eager(grid_size):
+                return self._cached_payloads(to_grid(grid_size, 'grid_size'), num_prefix_tokens)
+        return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
+
+    def _payloads(self, height: int, width: int, num_prefix_tokens: int) -> List[Tensor]:
+        coords = grid_coordinates(
+            height, width, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
+        # R(0) is the identity in every encoding: a token at the origin does not turn
+        coords = F.pad(coords, [0, 0, num_prefix_tokens, 0])
+        return per_block(self.rotation.table(self.frequencies(), coords), self.depth)
+
+    @torch.jit.unused
+    def _is_eager(self, grid_size: Tuple[int, int]) -> bool:
+        """False where a graph is being recorded (compile, export, FX, jit.trace) and sizes may be symbols."""
+        return not (
+            torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(grid_size[0], torch.fx.Proxy))
+
+    @torch.jit.unused
+    def _cached_payloads(self, grid_size: Tuple[int, int], num_prefix_tokens: int) -> List[Tensor]:
+        if torch.is_grad_enabled() and self.freqs.requires_grad:
+            return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
+        key = (grid_size, num_prefix_tokens, self.depth)
+        payloads = self._cache.get(key, self.freqs, self.reference_grid)
+        if payloads is None:
+            # outside inference mode, since what is made inside it could not be used in training later
+            with torch.inference_mode(False), torch.no_grad():
+                payloads = self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
+            self._cache.put(key, payloads, self.freqs, self.reference_grid)
+        return list(payloads)
+
+    def rotate(self, x: Tensor, payload: Tensor) -> Tensor:
+        """Rotate queries or keys of one block.
+
+        Args:
+            x: (batch, heads, N, head_dim), any floating dtype.
+            payload: One element of what calling the module returned.
+
+        Returns:
+            Same shape and dtype as `x`, which is not changed.
+
+        Raises:
+            ValueError: The shapes do not fit each other.
+        """
+        if not torch.jit.is_scripting():
+            self._check_rotate(x, payload)
+        return self.rotation(x, payload)
+
+    @torch.jit.unused
+    def _check_rotate(self, x: Tensor, payload: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.num_heads or x.shape[3] != self.head_dim:
+            raise ValueError(
+                f'x must be (batch, {self.num_heads} heads, tokens, head_dim {self.head_dim}), got {tuple(x.shape)}.')
+        if payload.shape[-1] != self.rotation.width or payload.shape[-2] != x.shape[2]:
+            raise ValueError(
+                f'payload must end in ({x.shape[2]} tokens, {self.rotation.width}), got {tuple(payload.shape)}: '
+                f'call the encoding with the grid size of x.')
+
+    # -- training
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Frequencies are not decayed: zero is a frequency like any other."""
+        return {'freqs'} if self.learned else set()
+
+    # -- checkpoints
+
+    def check_state_dict(self, state_dict: Dict[str, Any], prefix: str = '') -> None:
+        """Refuse a state dict that holds another encoding or damaged tensors, before anything is copied.
+
+        Raises:
+            RuntimeError: Another encoding or other options; says which.
+            ValueError: Non-finite frequencies or a malformed reference grid.
+        """
+        saved = read_signature(state_dict.get(f'{prefix}signature'))
+        if saved is not None:
+            reason = signature_conflicts(saved, self._signature)
+            if reason:
+                raise RuntimeError(
+                    f'The checkpoint holds the rotary encoding {saved}, this module is {self._signature}: {reason}. '
+                    f'Build the model with the encoding and options of the checkpoint.')
+        grid = state_dict.get(f'{prefix}reference_grid')
+        if isinstance(grid, Tensor) and not grid.is_meta:
+            if grid.is_floating_point():
+                raise ValueError(f'{prefix}reference_grid of the checkpoint must hold integers, got {grid.dtype}.')
+            to_grid(grid.tolist(), f'{prefix}reference_grid of the checkpoint')
+        freqs = state_dict.get(f'{prefix}freqs')
+        if isinstance(freqs, Tensor) and not freqs.is_meta and not bool(torch.isfinite(freqs).all()):
+            bad = int((~torch.isfinite(freqs)).sum())
+            raise ValueError(
+                f'{prefix}freqs of the checkpoint has {bad} non-finite of {freqs.numel()} values; all must be finite.')
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        self.check_state_dict(state_dict, prefix)
+        signature = f'{prefix}signature'
+        # Weights from elsewhere have no signature, and one written by another version may differ in length.
+        replaced = {**state_dict, signature: self.signature.detach().clone()}
+        super()._load_from_state_dict(replaced, prefix, *args)
+
+    # -- copies and display
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_cache': PayloadCache()}
+
+    def _replicate_for_data_parallel(self):
+        # replicas hold fresh tensors in every forward and run in threads: they share no cache
+        replica = super()._replicate_for_data_parallel()
+        replica._cache = PayloadCache()
+        return replica
+
+    def extra_repr(self) -> str:
+        grid = 'meta' if self.reference_grid.is_meta else tuple(self.reference_grid.tolist())
+        options = ''.join(f', {k}={v}' for k, v in self.options.items())
+        return (
+            f'{self.name}, head_dim={self.head_dim}, num_heads={self.num_heads}, depth={self.depth}, '
+            f'reference_grid={grid}{options}, freqs={tuple(self.freqs.shape)}'
+            f'{" learned" if self.learned else " fixed"}')
+
+    @classmethod
+    def option_names(cls) -> List[str]:
+        """Names of the options the encoding takes, beside the sizes."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        return [n for n in names if n not in ('device', 'dtype')]
+
+
+def layers_and_heads(depth: int, num_heads: int, share_layers: bool, share_heads: bool) -> Tuple[int, int]:
+    """Axes L and H of learned frequencies, 1 where they are shared."""
+    for name, value in (('share_layers', share_layers), ('share_heads', share_heads)):
+        if not isinstance(value, bool):
+            raise ValueError(f'{name} must be True or False, got {value!r}.')
+    return 1 if share_layers else depth, 1 if share_heads else num_heads
+
+
+@torch.fx.wrap
+def per_block(table: Tensor, depth: int) -> List[Tensor]:
+    """(L or 1, ...) -> one tensor per block."""
+    if table.shape[0] == 1:
+        shared = table[0]
+        return [shared for _ in range(depth)]
+    return list(table.unbind(0))
+
+
+@torch.fx.wrap
+def keep_tokens(payload: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Payload of the patches that patch dropout kept.
+
+    Args:
+        payload: (H or 1, prefix + N, W).
+        keep_indices: (B, K), patches kept in each image, without the prefix tokens.
+        num_prefix_tokens: Tokens in front, always kept.
+
+    Returns:
+        (B, H or 1, prefix + K, W).
+    """
+    batch = keep_indices.shape[0]
+    prefix = torch.arange(num_prefix_tokens, device=keep_indices.device).unsqueeze(0).expand(batch, -1)
+    index = torch.cat((prefix, keep_indices + num_prefix_tokens), dim=1)
+    return payload[:, index].transpose(0, 1)

@@ -1,0 +1,40 @@
+"""What a channel group turns by: tables of frequencies. Plain numbers in, tensors out, no modules.
+
+Frequencies are in radians per unit of coordinate. Everywhere the first axis of size 2 is (x, y), x first.
+"""
+import math
+from typing import List
+
+import torch
+from torch import Tensor
+
+
+def geometric(count: int, temperature: float) -> List[float]:
+    """temperature^(-g / count) for g = 0 .. count - 1: from 1 down to almost 1 / temperature.
+
+    arXiv 2403.13298, eq. 7 with count = head_dim / 4. The formula printed in arXiv 2511.08368 (section 3),
+    100^(-2g / count), is this one at temperature 10000.
+    """
+    return [temperature ** (-g / count) for g in range(count)]
+
+
+def axial(x: List[float], y: List[float]) -> List[List[float]]:
+    """Wave vectors on the axes: the first len(x) groups turn with x only, the other len(y) with y only."""
+    return [x + [0.0] * len(y), [0.0] * len(x) + y]
+
+
+def turned_basis(magnitudes: Tensor, turn: Tensor) -> Tensor:
+    """Axial wave vectors turned together by an angle, the initialisation of RoPE-Mixed (arXiv 2403.13298, section 3.2).
+
+    Args:
+        magnitudes: (P,), length of each wave vector; the second half of the pairs is 90 degrees from the first.
+        turn: (..., 1), angle in radians.
+
+    Returns:
+        (2, ..., P), x first.
+    """
+    count = magnitudes.shape[-1]
+    quarter = torch.zeros_like(magnitudes)
+    quarter[(count + 1) // 2:] = math.pi / 2
+    angle = turn + quarter
+    return torch.stack((magnitudes * angle.cos(), magnitudes * angle.sin()))

@@ -1,0 +1,1 @@
+"""timm entry points. Importing a module of this package registers its models with timm."""

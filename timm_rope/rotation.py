@@ -1,0 +1,255 @@
+"""How a group of channels turns: pairs (2x2), triplets (two 3x3 rotations in sequence), blocks (matrix exponential).
+
+A rotation knows two things. `table` turns frequencies and coordinates into a *payload*: everything that is left to do
+for one position, flattened into the last axis. `forward` applies a payload to queries or keys. It is the plain
+out-of-place formula and the single source of truth: a fused kernel has to reproduce it.
+
+Shapes: B batch, H heads, N tokens, D head_dim, L layers (blocks of the model), G groups of channels, W payload width.
+L and H are 1 in frequencies and payloads that are shared. Groups are consecutive channels; channels left over at the
+end of a head pass unrotated.
+
+Everything is real arithmetic on strided slices, so that TorchScript, FX, export and ONNX need no special case.
+Functions under `torch.fx.wrap` stay one node in a traced graph.
+"""
+import torch
+from torch import Tensor, nn
+
+
+class Rotation(nn.Module):
+    """Base of the three rotations. Holds no tensors, so one instance may serve every block.
+
+    Args:
+        head_dim: Channels per head, D.
+        size: Channels per group.
+        groups: Number of groups, G.
+        width: Width of the payload, W.
+    """
+
+    def __init__(self, head_dim: int, size: int, groups: int, width: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.size = size
+        self.groups = groups
+        self.width = width
+        self.rotated = size * groups  # leading channels that turn
+
+    def table(self, freqs: Tensor, coords: Tensor) -> Tensor:
+        """Payloads of all layers.
+
+        Args:
+            freqs: (2, L, H, G), radians per unit of coordinate, x first.
+            coords: (N, 2), (y, x).
+
+        Returns:
+            (L, H, N, W) in the dtype of `freqs`.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, payload: Tensor) -> Tensor:
+        """Rotate queries or keys; computed in the payload's precision, returned in that of `x`, nothing is mutated.
+
+        Args:
+            x: (B, H, N, D).
+            payload: (H or 1, N, W), or (B, H or 1, N, W) where every image has its own positions.
+
+        Returns:
+            (B, H, N, D).
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        rest = self.head_dim - self.rotated
+        return f'{self.groups} groups of {self.size}' + (f', {rest} of {self.head_dim} unrotated' if rest else '')
+
+
+class PairRotation(Rotation):
+    """Channels (2g, 2g+1) turn by the angle w_x x + w_y y, counter-clockwise (arXiv 2403.13298, eq. 5 and 9).
+
+    Payload: cosines then sines of the G angles.
+    """
+
+    def __init__(self, head_dim: int, groups: int) -> None:
+        super().__init__(head_dim, 2, groups, 2 * groups)
+
+    def table(self, freqs: Tensor, coords: Tensor) -> Tensor:
+        return pair_table(freqs, coords)
+
+    def forward(self, x: Tensor, payload: Tensor) -> Tensor:
+        cos, sin = payload[..., :self.groups], payload[..., self.groups:]
+        a, b = x[..., 0:self.rotated:2], x[..., 1:self.rotated:2]
+        out = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+        if self.rotated < self.head_dim:
+            out = torch.cat((out, x[..., self.rotated:]), dim=-1)
+        return out
+
+
+class TripletRotation(Rotation):
+    """Channels (3g, 3g+1, 3g+2) turn by Yaw(w_x x) Roll(w_y y) (arXiv 2511.08368, section 3, Spherical RoPE).
+
+    Yaw turns the first two channels of a triplet, roll the last two. The two do not commute, so the score is relative
+    only along the axis that acts last. Payload: cos and sin of the roll angles, then cos and sin of the yaw angles.
+
+    Args:
+        order: Which axis acts first. 'yx': the roll by y, as the paper's equation; 'xy': the yaw by x, as the caption
+            of its figure 2.
+    """
+
+    def __init__(self, head_dim: int, groups: int, order: str = 'yx') -> None:
+        super().__init__(head_dim, 3, groups, 4 * groups)
+        self.order = order
+
+    def table(self, freqs: Tensor, coords: Tensor) -> Tensor:
+        return triplet_table(freqs, coords)
+
+    def forward(self, x: Tensor, payload: Tensor) -> Tensor:
+        n = self.groups
+        cos_y, sin_y = payload[..., :n], payload[..., n:2 * n]
+        cos_x, sin_x = payload[..., 2 * n:3 * n], payload[..., 3 * n:]
+        a, b, c = x[..., 0:self.rotated:3], x[..., 1:self.rotated:3], x[..., 2:self.rotated:3]
+        if self.order == 'yx':
+            turned = b * cos_y - c * sin_y
+            last = b * sin_y + c * cos_y
+            first = a * cos_x - turned * sin_x
+            middle = a * sin_x + turned * cos_x
+        else:
+            first = a * cos_x - b * sin_x
+            turned = a * sin_x + b * cos_x
+            middle = turned * cos_y - c * sin_y
+            last = turned * sin_y + c * cos_y
+        out = torch.stack((first, middle, last), dim=-1).flatten(-2).to(x.dtype)
+        if self.rotated < self.head_dim:
+            out = torch.cat((out, x[..., self.rotated:]), dim=-1)
+        return out
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, order={self.order}'
+
+
+class BlockRotation(Rotation):
+    """Channels (bg, ..., bg+b-1) turn by exp(x A_x + y A_y), A skew-symmetric b x b (LieRE, arXiv 2406.10322, eq. 3).
+
+    Here `freqs` holds the strict upper triangles of the generators, row by row: (2, L, H, G, b (b - 1) / 2).
+    Payload: the G matrices, row-major.
+    """
+
+    def __init__(self, head_dim: int, size: int) -> None:
+        groups = head_dim // size
+        super().__init__(head_dim, size, groups, groups * size * size)
+
+    def table(self, freqs: Tensor, coords: Tensor) -> Tensor:
+        return block_table(freqs, coords, self.size)
+
+    def forward(self, x: Tensor, payload: Tensor) -> Tensor:
+        return turn_blocks(x, payload, self.groups, self.size)
+
+
+@torch.fx.wrap
+def pair_table(freqs: Tensor, coords: Tensor) -> Tensor:
+    y, x = coords[:, 0].unsqueeze(-1), coords[:, 1].unsqueeze(-1)
+    angle = x * freqs[0].unsqueeze(-2) + y * freqs[1].unsqueeze(-2)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+@torch.fx.wrap
+def triplet_table(freqs: Tensor, coords: Tensor) -> Tensor:
+    y, x = coords[:, 0].unsqueeze(-1), coords[:, 1].unsqueeze(-1)
+    yaw, roll = x * freqs[0].unsqueeze(-2), y * freqs[1].unsqueeze(-2)
+    return torch.cat((roll.cos(), roll.sin(), yaw.cos(), yaw.sin()), dim=-1)
+
+
+@torch.fx.wrap
+def block_table(freqs: Tensor, coords: Tensor, size: int) -> Tensor:
+    if torch.jit.is_scripting():
+        return _block_table(freqs, coords, size)
+    # matrix products under autocast would build the rotations in half precision
+    with torch.autocast(freqs.device.type, enabled=False):
+        return _block_table(freqs, coords, size)
+
+
+def _block_table(freqs: Tensor, coords: Tensor, size: int) -> Tensor:
+    dtype = freqs.dtype
+    if size > 4 and freqs.device.type != 'mps':
+        # The error of an exponential grows with the norm, over 100 rad at 64x64 patches: 3e-5 in float32 at block 8.
+        freqs, coords = freqs.double(), coords.double()
+    y, x = coords[:, 0].reshape(-1, 1, 1), coords[:, 1].reshape(-1, 1, 1)
+    triangle = x * freqs[0].unsqueeze(-3) + y * freqs[1].unsqueeze(-3)  # (L, H, N, G, b (b - 1) / 2)
+    return skew_exp(triangle, size).to(dtype).flatten(-3)
+
+
+@torch.fx.wrap
+def turn_blocks(x: Tensor, payload: Tensor, groups: int, size: int) -> Tensor:
+    if torch.jit.is_scripting():
+        return _turn_blocks(x, payload, groups, size)
+    with torch.autocast(x.device.type, enabled=False):
+        return _turn_blocks(x, payload, groups, size)
+
+
+def _turn_blocks(x: Tensor, payload: Tensor, groups: int, size: int) -> Tensor:
+    rotated = groups * size
+    matrices = payload.unflatten(-1, [groups, size, size])
+    blocks = x[..., :rotated].to(payload.dtype).unflatten(-1, [groups, size])
+    out = torch.einsum('...kij,...kj->...ki', [matrices, blocks]).flatten(-2).to(x.dtype)
+    if rotated < x.shape[-1]:
+        out = torch.cat((out, x[..., rotated:]), dim=-1)
+    return out
+
+
+def skew_exp(triangle: Tensor, size: int) -> Tensor:
+    """Matrix exponential of skew-symmetric matrices: closed forms for 2, 3 and 4, `torch.linalg.matrix_exp` beyond.
+
+    Args:
+        triangle: (..., b (b - 1) / 2), strict upper triangle row by row.
+        size: b.
+
+    Returns:
+        (..., b, b), rotation matrices.
+    """
+    if size == 2:
+        cos, sin = triangle.cos(), triangle.sin()
+        return torch.cat((cos, sin, -sin, cos), dim=-1).unflatten(-1, [2, 2])
+    if size == 3:
+        return _exp3(triangle)
+    if size == 4:
+        return _exp4(triangle)
+    return torch.linalg.matrix_exp(skew(triangle, size))
+
+
+def skew(triangle: Tensor, size: int) -> Tensor:
+    """Skew-symmetric matrices (..., b, b) from their strict upper triangles (..., b (b - 1) / 2)."""
+    upper = torch.triu_indices(size, size, 1, device=triangle.device)
+    row, column = upper[0], upper[1]
+    index = torch.full([size, size], 2 * triangle.shape[-1], device=triangle.device, dtype=torch.long)
+    entry = torch.arange(triangle.shape[-1], device=triangle.device)
+    index[row, column] = entry
+    index[column, row] = entry + triangle.shape[-1]
+    entries = torch.cat((triangle, -triangle, torch.zeros_like(triangle[..., :1])), dim=-1)
+    return entries.index_select(-1, index.flatten()).unflatten(-1, [size, size])
+
+
+def _cos_sinc(square: Tensor):
+    """cos(t) and sin(t) / t for t^2 = square. The clamp keeps the root's derivative finite at t = 0."""
+    t = square.clamp_min(1e-20).sqrt()
+    return t.cos(), t.sin() / t
+
+
+def _exp3(triangle: Tensor) -> Tensor:
+    """Rodrigues: I + sinc(t) A + sinc(t / 2)^2 / 2 A^2, t^2 the sum of the squared entries."""
+    a = skew(triangle, 3)
+    square = triangle.square().sum(-1, keepdim=True).unsqueeze(-1)
+    _, sinc = _cos_sinc(square)
+    _, half = _cos_sinc(square / 4)
+    return torch.eye(3, device=a.device, dtype=a.dtype) + sinc * a + 0.5 * half.square() * (a @ a)
+
+
+def _exp4(triangle: Tensor) -> Tensor:
+    """so(4) = so(3) + so(3): A = P + M with commuting P, M whose squares are multiples of the identity."""
+    a, b, c, f, g, d = triangle.unbind(-1)
+    e = -g
+    p = 0.5 * torch.stack((a + d, b + e, c + f), dim=-1)
+    m = 0.5 * torch.stack((a - d, b - e, c - f), dim=-1)
+    plus = skew(torch.stack((p[..., 0], p[..., 1], p[..., 2], p[..., 2], -p[..., 1], p[..., 0]), dim=-1), 4)
+    minus = skew(torch.stack((m[..., 0], m[..., 1], m[..., 2], -m[..., 2], m[..., 1], -m[..., 0]), dim=-1), 4)
+    eye = torch.eye(4, device=triangle.device, dtype=triangle.dtype)
+    cos_p, sinc_p = _cos_sinc(p.square().sum(-1)[..., None, None])
+    cos_m, sinc_m = _cos_sinc(m.square().sum(-1)[..., None, None])
+    return (cos_p * eye + sinc_p * plus) @ (cos_m * eye + sinc_m * minus)
