@@ -79,7 +79,7 @@ class RopeBlock(Block):
 
     def __init__(self, *args: Any, rotation: Optional[Rotation] = None, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, 'attn_layer': RopeAttention})
-        self.attn.rotation = rotation
+        setattr(self.attn, 'rotation', rotation)  # noqa: B010 (mypy takes attributes of a child for tensors)
 
     def forward(
             self,

@@ -1,6 +1,5 @@
-"""Where the patches of an image are: coordinates of a grid of any size.
+"""Where the patches of an image are: coordinates of the rows and columns of a grid of any size.
 
-Shapes: N = height * width tokens, row-major (token n is at row n // width, column n % width).
 A *reference grid* is the grid the weights were trained on. It fixes the unit of the relative conventions, so a larger
 grid reaches further and the step between two patches never changes (but see 'ends').
 """
@@ -9,6 +8,8 @@ from typing import Any, Tuple
 
 import torch
 from torch import Tensor
+
+from .precision import widest
 
 COORDS = ('index', 'cells', 'ends')
 
@@ -26,7 +27,7 @@ def _axis(size: int, reference: Tensor, coords: str, span: float, centered: bool
     return images * span
 
 
-def grid_coordinates(
+def grid_axes(
         height: int,
         width: int,
         reference_grid: Tensor,
@@ -34,10 +35,10 @@ def grid_coordinates(
         coords: str,
         span: float,
         centered: bool,
-) -> Tensor:
-    """Coordinates of the patches of a grid.
+) -> Tuple[Tensor, Tensor]:
+    """Coordinates of the rows and of the columns of a grid; a patch is at (y[row], x[column]).
 
-    * 'index': column and row number from 0; independent of the reference grid. Larger grids extrapolate.
+    * 'index': row and column number from 0; independent of the reference grid. Larger grids extrapolate.
     * 'cells': centre of each patch, (i + 0.5) / n_ref in units of the reference image. Larger grids extrapolate with
       an unchanged step.
     * 'ends': evenly spaced with both ends on the border, as arXiv 2511.08368 (section 4) and LieRE (arXiv 2406.10322)
@@ -47,21 +48,19 @@ def grid_coordinates(
         height: Rows of the grid.
         width: Columns of the grid.
         reference_grid: Integer tensor (2,), rows and columns of the reference grid.
-        like: Tensor whose floating dtype the result takes.
+        like: Tensor whose dtype the result has at least; float64 where it can be had.
         coords: One of 'index', 'cells', 'ends'.
         span: Length of the reference image in the returned unit (2 pi for an angle, 1 for a fraction).
         centered: Put the origin in the middle of the image instead of its top left corner.
 
     Returns:
-        (N, 2), (y, x) of each token.
+        y (height,) and x (width,).
     """
-    reference = reference_grid.to(like.dtype)
-    y = _axis(height, reference[0], coords, span, centered)
-    x = _axis(width, reference[1], coords, span, centered)
-    return torch.stack((
-        y.unsqueeze(1).expand(height, width).reshape(-1),
-        x.unsqueeze(0).expand(height, width).reshape(-1),
-    ), dim=-1)
+    reference = widest(reference_grid.to(like.dtype))
+    return (
+        _axis(height, reference[0], coords, span, centered),
+        _axis(width, reference[1], coords, span, centered),
+    )
 
 
 def to_grid(value: Any, name: str) -> Tuple[int, int]:

@@ -9,15 +9,14 @@ import inspect
 from typing import Any, ClassVar, Dict, List, Optional, Set, Tuple, Type
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import PayloadCache
-from .coordinates import COORDS, grid_coordinates, to_grid
+from .coordinates import COORDS, grid_axes, to_grid
 from .rotation import Rotation
 from .signature import format_signature, read_signature, signature_conflicts
 
-torch.fx.wrap('grid_coordinates')
+torch.fx.wrap('grid_axes')
 
 ENCODINGS: Dict[str, Type['RotaryEncoding']] = {}
 
@@ -63,6 +62,10 @@ class RotaryEncoding(nn.Module):
     span: ClassVar[float] = 2 * torch.pi  # of the reference image in normalised coordinates
     centered: ClassVar[bool] = True
     __constants__ = ['centered', 'span']  # TorchScript finds class attributes only here
+
+    freqs: Tensor
+    reference_grid: Tensor
+    signature: Tensor
 
     def __init_subclass__(cls, name: str = '', **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -180,11 +183,16 @@ class RotaryEncoding(nn.Module):
         return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
 
     def _payloads(self, height: int, width: int, num_prefix_tokens: int) -> List[Tensor]:
-        coords = grid_coordinates(
-            height, width, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
-        # R(0) is the identity in every encoding: a token at the origin does not turn
-        coords = F.pad(coords, [0, 0, num_prefix_tokens, 0])
-        return per_block(self.rotation.table(self.frequencies(), coords), self.depth)
+        freqs = self.frequencies()
+        axes = grid_axes(height, width, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
+        # R(0) is the identity in every encoding: a prefix token sits at the origin
+        origin = torch.zeros_like(axes[0][:1])
+        return per_block(
+            self.rotation.table(freqs, origin, origin),
+            self.rotation.table(freqs, axes[0], axes[1]),
+            num_prefix_tokens,
+            self.depth,
+        )
 
     @torch.jit.unused
     def _is_eager(self, grid_size: Tuple[int, int]) -> bool:
@@ -309,8 +317,10 @@ def layers_and_heads(depth: int, num_heads: int, share_layers: bool, share_heads
 
 
 @torch.fx.wrap
-def per_block(table: Tensor, depth: int) -> List[Tensor]:
-    """(L or 1, ...) -> one tensor per block."""
+def per_block(identity: Tensor, table: Tensor, num_prefix_tokens: int, depth: int) -> List[Tensor]:
+    """Payloads (L or 1, H or 1, N, W) with that of the prefix tokens in front -> one (H or 1, ..., W) per block."""
+    if num_prefix_tokens > 0:
+        table = torch.cat((identity.expand(-1, -1, num_prefix_tokens, -1), table), dim=2)
     if table.shape[0] == 1:
         shared = table[0]
         return [shared for _ in range(depth)]

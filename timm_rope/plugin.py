@@ -97,7 +97,7 @@ class _WaitForTimm:
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisterAfterExec(spec.loader)
+            spec.loader = _RegisterAfterExec(spec.loader)  # type: ignore[assignment]
         return spec
 
 

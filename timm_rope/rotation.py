@@ -11,8 +11,12 @@ end of a head pass unrotated.
 Everything is real arithmetic on strided slices, so that TorchScript, FX, export and ONNX need no special case.
 Functions under `torch.fx.wrap` stay one node in a traced graph.
 """
+from typing import Tuple
+
 import torch
 from torch import Tensor, nn
+
+from .precision import widest
 
 
 class Rotation(nn.Module):
@@ -33,15 +37,16 @@ class Rotation(nn.Module):
         self.width = width
         self.rotated = size * groups  # leading channels that turn
 
-    def table(self, freqs: Tensor, coords: Tensor) -> Tensor:
-        """Payloads of all layers.
+    def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """Payloads of a grid for all layers.
 
         Args:
             freqs: (2, L, H, G), radians per unit of coordinate, x first.
-            coords: (N, 2), (y, x).
+            y: (rows,), coordinates of the rows.
+            x: (columns,), coordinates of the columns.
 
         Returns:
-            (L, H, N, W) in the dtype of `freqs`.
+            (L, H, N, W) in the dtype of `freqs`, N = rows * columns, row-major.
         """
         raise NotImplementedError
 
@@ -71,8 +76,8 @@ class PairRotation(Rotation):
     def __init__(self, head_dim: int, groups: int) -> None:
         super().__init__(head_dim, 2, groups, 2 * groups)
 
-    def table(self, freqs: Tensor, coords: Tensor) -> Tensor:
-        return pair_table(freqs, coords)
+    def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return pair_table(freqs, y, x)
 
     def forward(self, x: Tensor, payload: Tensor) -> Tensor:
         cos, sin = payload[..., :self.groups], payload[..., self.groups:]
@@ -98,8 +103,8 @@ class TripletRotation(Rotation):
         super().__init__(head_dim, 3, groups, 4 * groups)
         self.order = order
 
-    def table(self, freqs: Tensor, coords: Tensor) -> Tensor:
-        return triplet_table(freqs, coords)
+    def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return triplet_table(freqs, y, x)
 
     def forward(self, x: Tensor, payload: Tensor) -> Tensor:
         n = self.groups
@@ -136,44 +141,49 @@ class BlockRotation(Rotation):
         groups = head_dim // size
         super().__init__(head_dim, size, groups, groups * size * size)
 
-    def table(self, freqs: Tensor, coords: Tensor) -> Tensor:
-        return block_table(freqs, coords, self.size)
+    def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return block_table(freqs, y, x, self.size)
 
     def forward(self, x: Tensor, payload: Tensor) -> Tensor:
         return turn_blocks(x, payload, self.groups, self.size)
 
 
-@torch.fx.wrap
-def pair_table(freqs: Tensor, coords: Tensor) -> Tensor:
-    y, x = coords[:, 0].unsqueeze(-1), coords[:, 1].unsqueeze(-1)
-    angle = x * freqs[0].unsqueeze(-2) + y * freqs[1].unsqueeze(-2)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+def cos_sin(position: Tensor, freqs: Tensor) -> Tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency: (n,) and (L, H, G) -> two (L, H, n, G) in the dtype of `freqs`."""
+    angle = widest(position).unsqueeze(-1) * widest(freqs).unsqueeze(-2)
+    return angle.cos().to(freqs.dtype), angle.sin().to(freqs.dtype)
 
 
 @torch.fx.wrap
-def triplet_table(freqs: Tensor, coords: Tensor) -> Tensor:
-    y, x = coords[:, 0].unsqueeze(-1), coords[:, 1].unsqueeze(-1)
-    yaw, roll = x * freqs[0].unsqueeze(-2), y * freqs[1].unsqueeze(-2)
-    return torch.cat((roll.cos(), roll.sin(), yaw.cos(), yaw.sin()), dim=-1)
+def pair_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    cos_x, sin_x = cos_sin(x, freqs[0])
+    cos_y, sin_y = cos_sin(y, freqs[1])
+    cos_x, sin_x, cos_y, sin_y = cos_x.unsqueeze(2), sin_x.unsqueeze(2), cos_y.unsqueeze(3), sin_y.unsqueeze(3)
+    return torch.cat((cos_y * cos_x - sin_y * sin_x, sin_y * cos_x + cos_y * sin_x), dim=-1).flatten(2, 3)
 
 
 @torch.fx.wrap
-def block_table(freqs: Tensor, coords: Tensor, size: int) -> Tensor:
+def triplet_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    yaw = torch.cat(cos_sin(x, freqs[0]), dim=-1).unsqueeze(2).expand(-1, -1, y.shape[0], -1, -1)
+    roll = torch.cat(cos_sin(y, freqs[1]), dim=-1).unsqueeze(3).expand(-1, -1, -1, x.shape[0], -1)
+    return torch.cat((roll, yaw), dim=-1).flatten(2, 3)
+
+
+@torch.fx.wrap
+def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     if torch.jit.is_scripting():
-        return _block_table(freqs, coords, size)
+        return _block_table(freqs, y, x, size)
     # matrix products under autocast would build the rotations in half precision
     with torch.autocast(freqs.device.type, enabled=False):
-        return _block_table(freqs, coords, size)
+        return _block_table(freqs, y, x, size)
 
 
-def _block_table(freqs: Tensor, coords: Tensor, size: int) -> Tensor:
-    dtype = freqs.dtype
-    if size > 4 and freqs.device.type != 'mps':
-        # The error of an exponential grows with the norm, over 100 rad at 64x64 patches: 3e-5 in float32 at block 8.
-        freqs, coords = freqs.double(), coords.double()
-    y, x = coords[:, 0].reshape(-1, 1, 1), coords[:, 1].reshape(-1, 1, 1)
-    triangle = x * freqs[0].unsqueeze(-3) + y * freqs[1].unsqueeze(-3)  # (L, H, N, G, b (b - 1) / 2)
-    return skew_exp(triangle, size).to(dtype).flatten(-3)
+def _block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+    # the error of an exponential grows with its norm, over 100 rad at 64x64 patches: 3e-5 in float32 at block 8
+    along_x = widest(x).reshape(1, -1, 1, 1) * widest(freqs[0]).unsqueeze(2).unsqueeze(2)
+    along_y = widest(y).reshape(-1, 1, 1, 1) * widest(freqs[1]).unsqueeze(2).unsqueeze(2)
+    triangle = (along_x + along_y).flatten(2, 3)  # (L, H, N, G, b (b - 1) / 2)
+    return skew_exp(triangle, size).to(freqs.dtype).flatten(-3)
 
 
 @torch.fx.wrap
@@ -226,7 +236,7 @@ def skew(triangle: Tensor, size: int) -> Tensor:
     return entries.index_select(-1, index.flatten()).unflatten(-1, [size, size])
 
 
-def _cos_sinc(square: Tensor):
+def _cos_sinc(square: Tensor) -> Tuple[Tensor, Tensor]:
     """cos(t) and sin(t) / t for t^2 = square. The clamp keeps the root's derivative finite at t = 0."""
     t = square.clamp_min(1e-20).sqrt()
     return t.cos(), t.sin() / t

@@ -19,13 +19,15 @@ from torch.jit import Final
 
 from .attention import RopeBlock
 from .checkpoints import prepare_state_dict
-from .checks import check_integer
+from .checks import check_choice, check_integer
 from .encoding import RotaryEncoding, keep_tokens
 from .encodings import create_rope
 from .patch_embed import GridPatchEmbed, to_image_size, to_size
 
 torch.fx.wrap('keep_tokens')
 torch.fx.wrap('resample_abs_pos_embed')
+
+WEIGHT_INITS = ('', 'jax', 'jax_nlhb', 'moco', 'reset', 'skip', 'naver')
 
 
 class RopeVisionTransformer(VisionTransformer):
@@ -60,6 +62,7 @@ class RopeVisionTransformer(VisionTransformer):
         TypeError: An argument that neither timm nor any encoding knows.
     """
     drop_patches: Final[bool]
+    pos_embed_grid: Tensor
 
     def __init__(
             self,
@@ -84,6 +87,7 @@ class RopeVisionTransformer(VisionTransformer):
         for name in ('block_fn', 'attn_layer'):
             if name in kwargs:
                 raise TypeError(f'{name} is set by RopeVisionTransformer and cannot be given.')
+        check_choice(weight_init, WEIGHT_INITS, 'weight_init')
         check_integer(depth, 'depth')
         if check_integer(embed_dim, 'embed_dim') % check_integer(num_heads, 'num_heads'):
             raise ValueError(f'embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}.')
@@ -108,12 +112,13 @@ class RopeVisionTransformer(VisionTransformer):
         super().__init__(
             img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
             pos_embed=pos_embed, no_embed_class=no_embed_class, dynamic_img_size=dynamic_img_size,
-            dynamic_img_pad=dynamic_img_pad, drop_path_rate=drop_path_rate, block_fn=block, weight_init='skip',
-            device=device, dtype=dtype, **kwargs)
+            dynamic_img_pad=dynamic_img_pad, drop_path_rate=drop_path_rate, weight_init='skip', device=device,
+            dtype=dtype, block_fn=block, **kwargs)  # type: ignore[arg-type]  # timm only calls block_fn
 
         self.drop_patches = patch_drop_rate > 0
         if self.drop_patches:
-            self.patch_drop = PatchDropoutWithIndices(patch_drop_rate, num_prefix_tokens=self.num_prefix_tokens)
+            self.patch_drop = PatchDropoutWithIndices(  # type: ignore[assignment]
+                patch_drop_rate, num_prefix_tokens=self.num_prefix_tokens)
         if self.pos_embed is not None:
             # tells 4x16 from 8x8 when the embedding is resized to another model's grid
             self.register_buffer('pos_embed_grid', torch.empty(2, device=device, dtype=torch.int64))
@@ -123,7 +128,7 @@ class RopeVisionTransformer(VisionTransformer):
             # rope before blocks and the head last: timm drops the last two parameters as "the head"
             if name != 'rope':
                 self._modules[name] = self._modules.pop(name)
-        self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
+        self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init  # type: ignore[assignment]
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
 
@@ -200,7 +205,7 @@ class RopeVisionTransformer(VisionTransformer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patch embedding output (B, rows, columns, C) or (B, N, C) -> tokens with prefix tokens and, if any, APE."""
-        pos_embed = self.pos_embed
+        pos_embed: Optional[Tensor] = self.pos_embed
         if self.dynamic_img_size:
             if pos_embed is not None:
                 pos_embed = self._resize_pos_embed(
@@ -305,7 +310,7 @@ class RopeVisionTransformer(VisionTransformer):
                 result['image_features'] = self.norm(x)
             return result
         if not torch.jit.is_scripting() and n and return_prefix_tokens:
-            taken = list(zip(taken, prefix_tokens))
+            taken = list(zip(taken, prefix_tokens))  # type: ignore[arg-type]
         if intermediates_only:
             return taken
         return self.norm(x), taken

@@ -49,7 +49,7 @@ def create_rope(
     """
     if name not in ENCODINGS:
         raise ValueError(f'Unknown rotary encoding {name!r}; known are {", ".join(list_ropes())}.')
-    encoding = ENCODINGS[name]
+    encoding: Any = ENCODINGS[name]
     plain = {}
     for key, value in options.items():
         key = key.removeprefix('rope_')

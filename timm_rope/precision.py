@@ -1,0 +1,17 @@
+"""In which dtype positions, angles and exponentials are computed."""
+import torch
+from torch import Tensor
+
+
+def widest(tensor: Tensor) -> Tensor:
+    """The tensor in float64, where the device has it and the graph is not recorded for another runtime.
+
+    At 64x64 patches angles reach 90 rad, where float32 is 4e-6 apart. Sines are taken per row and per column, so the
+    wide part is small: (rows + columns) instead of rows * columns positions.
+    """
+    if tensor.device.type == 'mps':
+        return tensor
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return tensor
+    return tensor.double()
