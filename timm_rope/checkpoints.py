@@ -43,7 +43,7 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
         model: Model with `rope` and `pos_embed`, either may be None.
         state_dict: Dict that torch's load_state_dict passes on; its own copy, not the caller's.
         prefix: Of the model's keys.
-        strict: Whether keys must match exactly.
+        strict: Whether keys must match exactly; shapes always must.
 
     Raises:
         RuntimeError: Another encoding, width or depth; lists the first keys that do not match.
@@ -52,12 +52,11 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
     if model.rope is not None:
         model.rope.check_state_dict(state_dict, f'{prefix}rope.')
     _resize_pos_embed(model, state_dict, prefix)
-    if strict:
-        reasons = _mismatches(model, state_dict, prefix)
-        if reasons:
-            raise RuntimeError(
-                f'Error(s) in loading state_dict for {type(model).__name__}: {_explain(model, state_dict, prefix)}\n\t'
-                + '\n\t'.join(reasons[:8]) + (f'\n\t... and {len(reasons) - 8} more' if len(reasons) > 8 else ''))
+    reasons = _mismatches(model, state_dict, prefix, strict)
+    if reasons:
+        raise RuntimeError(
+            f'Error(s) in loading state_dict for {type(model).__name__}: {_explain(model, state_dict, prefix)}\n\t'
+            + '\n\t'.join(reasons[:8]) + (f'\n\t... and {len(reasons) - 8} more' if len(reasons) > 8 else ''))
 
 
 def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
@@ -90,7 +89,7 @@ def _pos_embed_grid(saved: Any, reference: Any, tokens: int) -> Optional[Tuple[i
     return (side, side) if side * side == tokens and side else None
 
 
-def _mismatches(model: Any, state_dict: Dict[str, Any], prefix: str) -> List[str]:
+def _mismatches(model: Any, state_dict: Dict[str, Any], prefix: str, strict: bool) -> List[str]:
     expected = {f'{prefix}{k}': v for k, v in model.state_dict().items() if k != 'rope.signature'}
     given = {k: v for k, v in state_dict.items() if k.startswith(prefix) and k != f'{prefix}rope.signature'}
     missing = [f'missing {k} {_shape(v)}' for k, v in expected.items() if k not in given]
@@ -98,7 +97,7 @@ def _mismatches(model: Any, state_dict: Dict[str, Any], prefix: str) -> List[str
     shapes = [
         f'{k} is {_shape(given[k])}, the model needs {_shape(v)}' for k, v in expected.items()
         if k in given and _shape(given[k]) != _shape(v)]
-    return shapes + missing + unexpected
+    return shapes + missing + unexpected if strict else shapes
 
 
 def _explain(model: Any, state_dict: Dict[str, Any], prefix: str) -> str:

@@ -6,10 +6,11 @@ so it only puts a finder on `sys.meta_path` that waits for `timm.models`; once t
 model modules are imported and register themselves.
 
 Nothing here may raise: an exception inside an entry point breaks `import torch` for the whole environment. This
-module imports only what the interpreter has loaded anyway, for the same reason of cost.
+module imports only what torch has loaded anyway, for the same reason of cost.
 """
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from importlib import import_module
@@ -25,7 +26,7 @@ status = 'not installed'  # what `python -m timm_rope doctor` reports
 def autoload() -> None:
     """Entry point of the group `torch.backends`. Never raises; TIMM_ROPE_AUTOLOAD=0 makes it do nothing."""
     try:
-        if os.environ.get('TIMM_ROPE_AUTOLOAD', '1').strip().lower() in ('0', 'false', 'no', 'off'):
+        if opted_out():
             if imported_by_torch:
                 # Forget this import, so that an explicit `import timm_rope` later runs anew and registers.
                 for name in [n for n in sys.modules if n == 'timm_rope' or n.startswith('timm_rope.')]:
@@ -42,7 +43,7 @@ def install() -> None:
     """Register our models with timm: now if timm.models is loaded, else as soon as it is. Idempotent, never raises."""
     global status
     if status == 'not installed':
-        if TARGET in sys.modules and not is_importing(TARGET):
+        if TARGET in sys.modules:  # half imported too: another thread is at it, or a timm too old to import torch first
             register()
         else:
             sys.meta_path.insert(0, _WaitForTimm())
@@ -54,7 +55,7 @@ def register() -> None:
     global status
     try:
         version = import_module('timm.version').__version__
-        if _release(version) < MIN_TIMM:
+        if release(version) < MIN_TIMM:
             needed = '.'.join(map(str, MIN_TIMM))
             raise RuntimeError(f'timm>={needed} is needed, found {version}: run `pip install -U timm`')
         for name in MODEL_MODULES:
@@ -65,20 +66,21 @@ def register() -> None:
         _warn(f'the rotary models were not registered with timm: {type(error).__name__}: {error}')
 
 
+def opted_out() -> bool:
+    """Whether the environment forbids autoload."""
+    return os.environ.get('TIMM_ROPE_AUTOLOAD', '1').strip().lower() in ('0', 'false', 'no', 'off')
+
+
 def is_importing(name: str) -> bool:
     """Whether module `name` is being executed right now by the import system."""
     spec = getattr(sys.modules.get(name), '__spec__', None)
     return bool(getattr(spec, '_initializing', False))
 
 
-def _release(version: str) -> tuple:
-    """'1.0.31.dev0' -> (1, 0, 31): the leading numbers of a version."""
-    numbers = []
-    for part in version.split('.'):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+def release(version: str) -> tuple:
+    """'1.0.31.dev0', '1.0.31+local' -> (1, 0, 31): the leading numbers of a version."""
+    leading = re.match(r'\d+(\.\d+)*', version)
+    return tuple(int(part) for part in leading.group().split('.')) if leading else ()
 
 
 def _warn(message: str) -> None:
@@ -118,7 +120,7 @@ class _RegisterAfterExec:
         module.__loader__ = module.__spec__.loader = self.loader
         try:
             self.loader.exec_module(module)
+            register()
         except BaseException:
             sys.meta_path.insert(0, _WaitForTimm())  # the import may be tried again
             raise
-        register()

@@ -1,4 +1,6 @@
 """In which dtype positions, angles and exponentials are computed."""
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,3 +17,9 @@ def widest(tensor: Tensor) -> Tensor:
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return tensor
     return tensor.double()
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Context in which matrix products keep the dtype of their operands."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -16,7 +16,7 @@ from typing import Tuple
 import torch
 from torch import Tensor, nn
 
-from .precision import widest
+from .precision import widest, without_autocast
 
 
 class Rotation(nn.Module):
@@ -174,7 +174,7 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     if torch.jit.is_scripting():
         return _block_table(freqs, y, x, size)
     # matrix products under autocast would build the rotations in half precision
-    with torch.autocast(freqs.device.type, enabled=False):
+    with without_autocast(freqs):
         return _block_table(freqs, y, x, size)
 
 
@@ -190,7 +190,7 @@ def _block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 def turn_blocks(x: Tensor, payload: Tensor, groups: int, size: int) -> Tensor:
     if torch.jit.is_scripting():
         return _turn_blocks(x, payload, groups, size)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return _turn_blocks(x, payload, groups, size)
 
 

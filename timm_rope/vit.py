@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from .attention import RopeBlock
+from .checkpoints import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
 from .checkpoints import prepare_state_dict
 from .checks import check_choice, check_integer
 from .encoding import RotaryEncoding, keep_tokens
@@ -329,6 +330,12 @@ class RopeVisionTransformer(VisionTransformer):
 
     # -- checkpoints
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *args) -> None:
-        prepare_state_dict(self, state_dict, prefix, strict)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As torch's, but all is checked before anything is copied."""
+        # only here is `strict` known: torch passes True to every `_load_from_state_dict`
+        prepare_state_dict(self, dict(state_dict), '', strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        prepare_state_dict(self, state_dict, prefix, strict=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)

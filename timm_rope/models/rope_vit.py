@@ -2,19 +2,23 @@
 
 The table SIZES x encodings below is all there is; `_define` makes each cell a function that timm can register, pickle
 can find and help() can show. A new encoding gets its models from the registry.
+
+timm's import runs this module, and may itself be run by the first line of one of ours that needs timm (vit,
+attention, checkpoints): such a module is half loaded then, so it is only imported here when a model is built.
 """
 import sys
-from typing import Any, Callable, Dict
+from typing import TYPE_CHECKING, Any, Callable, Dict, List
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from ..checkpoints import checkpoint_filter_fn
 from ..encoding import ENCODINGS
 from ..encodings import list_ropes
-from ..vit import RopeVisionTransformer
 
-__all__ = ['RopeVisionTransformer']  # register_model adds each entry point
+if TYPE_CHECKING:
+    from ..vit import RopeVisionTransformer
+
+__all__: List[str] = []  # register_model adds each entry point
 
 # DeiT-III / RoPE-ViT: patch 16, 12 or 24 pre-norm blocks, heads of 64 channels, LayerScale, class token
 SIZES: Dict[str, Dict[str, int]] = {
@@ -61,7 +65,10 @@ MODEL_ARGS = _model_args()
 default_cfgs = generate_default_cfgs({f'{name}.untrained': _cfg() for name in MODEL_ARGS})
 
 
-def _create(name: str, pretrained: bool = False, **kwargs: Any) -> RopeVisionTransformer:
+def _create(name: str, pretrained: bool = False, **kwargs: Any) -> 'RopeVisionTransformer':
+    from ..checkpoints import checkpoint_filter_fn
+    from ..vit import RopeVisionTransformer
+
     out_indices = kwargs.pop('out_indices', 3)
     return build_model_with_cfg(
         RopeVisionTransformer,
@@ -73,8 +80,8 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> RopeVisionTra
     )
 
 
-def _define(name: str) -> Callable[..., RopeVisionTransformer]:
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> RopeVisionTransformer:
+def _define(name: str) -> Callable[..., 'RopeVisionTransformer']:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> 'RopeVisionTransformer':
         return _create(name, pretrained, **kwargs)
 
     args = MODEL_ARGS[name]

@@ -1,0 +1,107 @@
+"""Rotation matrices from the formulas, position by position, in float64 NumPy. Shares no code with the package."""
+import math
+
+import numpy as np
+
+
+def coordinates(size, reference, coords, span, centered):
+    """Coordinate of each of `size` positions along one axis."""
+    if coords == 'index':
+        return [float(i) for i in range(size)]
+    if coords == 'cells':
+        images = [(i + 0.5) / reference for i in range(size)]
+    else:
+        extent = size / reference
+        images = [extent * i / (size - 1) if size > 1 else extent / 2 for i in range(size)]
+    shift = 0.5 * size / reference if centered else 0.0
+    return [span * (u - shift) for u in images]
+
+
+def turn(angle):
+    return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+
+def pairs(head_dim, angles):
+    """Block-diagonal matrix of planar rotations on channels (2g, 2g+1)."""
+    matrix = np.eye(head_dim)
+    for g, angle in enumerate(angles):
+        matrix[2 * g:2 * g + 2, 2 * g:2 * g + 2] = turn(angle)
+    return matrix
+
+
+def triplets(head_dim, yaw, roll, order):
+    """Yaw on channels (3g, 3g+1), roll on (3g+1, 3g+2); order 'yx': the roll by y acts first."""
+    matrix = np.eye(head_dim)
+    for g, (a, b) in enumerate(zip(yaw, roll)):
+        y, r = np.eye(3), np.eye(3)
+        y[:2, :2] = turn(a)
+        r[1:, 1:] = turn(b)
+        matrix[3 * g:3 * g + 3, 3 * g:3 * g + 3] = y @ r if order == 'yx' else r @ y
+    return matrix
+
+
+def skew_exponential(matrix):
+    """Exponential of a skew-symmetric matrix through the eigenvectors of the Hermitian i * matrix."""
+    values, vectors = np.linalg.eigh(1j * matrix)
+    return (vectors @ np.diag(np.exp(-1j * values)) @ vectors.conj().T).real
+
+
+def blocks(head_dim, size, triangles_x, triangles_y, x, y):
+    """exp(x A_x + y A_y) on each block; triangles hold the strict upper triangle row by row."""
+    matrix = np.eye(head_dim)
+    for g, (tx, ty) in enumerate(zip(triangles_x, triangles_y)):
+        a, k = np.zeros((size, size)), 0
+        for i in range(size):
+            for j in range(i + 1, size):
+                a[i, j] = x * tx[k] + y * ty[k]
+                a[j, i] = -a[i, j]
+                k += 1
+        matrix[g * size:(g + 1) * size, g * size:(g + 1) * size] = skew_exponential(a)
+    return matrix
+
+
+def rotations(rope, grid, layer, head):
+    """(N, D, D) matrices of an encoding, from its name, options and learned values alone."""
+    name, options, dim = rope.name, rope.options, rope.head_dim
+    span, centered = (1.0, False) if name == 'liere' else (2 * math.pi, True)
+    reference = rope.reference_grid.tolist()
+    ys = coordinates(grid[0], reference[0], options['coords'], span, centered)
+    xs = coordinates(grid[1], reference[1], options['coords'], span, centered)
+    learned = rope.freqs.detach().double().cpu().numpy() if rope.learned else None
+
+    def pick(table):  # (L or 1, H or 1, ...) -> the entry of this layer and head
+        return table[layer if table.shape[0] > 1 else 0][head if table.shape[1] > 1 else 0]
+
+    out = []
+    for y in ys:
+        for x in xs:
+            if name in ('axial', 'uniform'):
+                quarter = dim // 4
+                w = [1.0] * quarter if name == 'uniform' else \
+                    [options['temperature'] ** (-g / quarter) for g in range(quarter)]
+                out.append(pairs(dim, [x * f for f in w] + [y * f for f in w]))
+            elif name == 'axial_learned':
+                w = pick(learned[0])
+                half = len(w) // 2
+                out.append(pairs(dim, [x * f for f in w[:half]] + [y * f for f in w[half:]]))
+            elif name == 'mixed':
+                out.append(pairs(dim, [x * fx + y * fy for fx, fy in zip(pick(learned[0]), pick(learned[1]))]))
+            elif name in ('spherical', 'spherical_learned'):
+                third = dim // 3
+                wx = wy = [options.get('temperature', 0) ** (-g / third) for g in range(third)]
+                if learned is not None:
+                    wx, wy = pick(learned[0]), pick(learned[1])
+                out.append(triplets(dim, [x * f for f in wx], [y * f for f in wy], options['order']))
+            elif name == 'liere':
+                size = options['block']
+                count = dim // size
+                per_head = learned.reshape(2, learned.shape[1], -1, count, size * (size - 1) // 2)
+                out.append(blocks(dim, size, pick(per_head[0]), pick(per_head[1]), x, y))
+            else:
+                raise NotImplementedError(f'write the formula of {name!r} here')
+    return np.stack(out)
+
+
+def rotate(x, matrices):
+    """x (N, D) float64, matrices (N, D, D)."""
+    return np.einsum('nij,nj->ni', matrices, x)
