@@ -198,8 +198,8 @@ def test_functional_call_and_transforms_see_their_own_frequencies():
         rope((3, 4))
         other = torch.func.functional_call(rope, {'freqs': rope.freqs * 2}, ((3, 4),))
         assert not torch.equal(other[0], rope((3, 4))[0])
-        stacked = torch.vmap(
-            lambda f: torch.func.functional_call(rope, {'freqs': f}, ((3, 4),))[0])(rope.freqs.expand(3, -1, -1, -1, -1))
+        batch = rope.freqs.expand(3, -1, -1, -1, -1)
+        stacked = torch.vmap(lambda f: torch.func.functional_call(rope, {'freqs': f}, ((3, 4),))[0])(batch)
         assert torch.allclose(stacked[2], rope((3, 4))[0], atol=1e-6)
     assert_current(rope)
 

@@ -28,14 +28,15 @@ ALLOWED = {
     'vit': {'attention', 'checkpoints', 'checks', 'encoding', 'encodings', 'patch_embed'},
     'models': {'checkpoints', 'encoding', 'encodings', 'vit'},
     'small_data': set(),
+    'properties': {'encodings'},
     'demo': {'encodings', 'small_data'},
     'doctor': {'_version', 'catalog', 'plugin'},
     'catalog': {'models', 'encoding', 'plugin'},
     '__main__': {'catalog', 'demo', 'doctor', '_version'},
     '__init__': {'plugin', '_version', 'encoding', 'encodings', 'vit'},
 }
-FREE_OF_TIMM = ['checks', 'precision', 'signature', 'cache', 'plugin', 'frequencies', 'coordinates', 'rotation', 'encoding',
-                'encodings', '__init__', '_version']
+FREE_OF_TIMM = ['__init__', '_version', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'frequencies', 'plugin',
+                'precision', 'properties', 'rotation', 'signature']
 
 
 def unit_of(path):

@@ -5,6 +5,12 @@ import torch
 from torch import Tensor
 
 
+@torch.jit.unused
+def recording() -> bool:
+    """Whether a graph is being recorded for another runtime (export, ONNX), which may know fewer operators."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def widest(tensor: Tensor) -> Tensor:
     """The tensor in float64, where the device has it and the graph is not recorded for another runtime.
 
@@ -14,7 +20,7 @@ def widest(tensor: Tensor) -> Tensor:
     if tensor.device.type == 'mps':
         return tensor
     if not torch.jit.is_scripting():
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if recording():
             return tensor
     return tensor.double()
 

@@ -16,7 +16,7 @@ from typing import Tuple
 import torch
 from torch import Tensor, nn
 
-from .precision import widest, without_autocast
+from .precision import recording, widest, without_autocast
 
 
 class Rotation(nn.Module):
@@ -180,8 +180,9 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 
 def _block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     # the error of an exponential grows with its norm, over 100 rad at 64x64 patches: 3e-5 in float32 at block 8
-    along_x = widest(x).reshape(1, -1, 1, 1) * widest(freqs[0]).unsqueeze(2).unsqueeze(2)
-    along_y = widest(y).reshape(-1, 1, 1, 1) * widest(freqs[1]).unsqueeze(2).unsqueeze(2)
+    wide = freqs if freqs.device.type == 'mps' else freqs.double()
+    along_x = x.to(wide.dtype).reshape(1, -1, 1, 1) * wide[0].unsqueeze(2).unsqueeze(2)
+    along_y = y.to(wide.dtype).reshape(-1, 1, 1, 1) * wide[1].unsqueeze(2).unsqueeze(2)
     triangle = (along_x + along_y).flatten(2, 3)  # (L, H, N, G, b (b - 1) / 2)
     return skew_exp(triangle, size).to(freqs.dtype).flatten(-3)
 
@@ -198,14 +199,24 @@ def _turn_blocks(x: Tensor, payload: Tensor, groups: int, size: int) -> Tensor:
     rotated = groups * size
     matrices = payload.unflatten(-1, [groups, size, size])
     blocks = x[..., :rotated].to(payload.dtype).unflatten(-1, [groups, size])
-    out = torch.einsum('...kij,...kj->...ki', [matrices, blocks]).flatten(-2).to(x.dtype)
+    out = _matrix_times_vector(matrices, blocks).flatten(-2).to(x.dtype)
     if rotated < x.shape[-1]:
         out = torch.cat((out, x[..., rotated:]), dim=-1)
     return out
 
 
+def _matrix_times_vector(matrices: Tensor, vectors: Tensor) -> Tensor:
+    if not torch.jit.is_scripting():
+        if recording():
+            # ONNX knows no einsum whose ellipsis broadcasts; elsewhere this one would copy the matrices for each image
+            return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
+    return torch.einsum('...ij,...j->...i', [matrices, vectors])
+
+
 def skew_exp(triangle: Tensor, size: int) -> Tensor:
     """Matrix exponential of skew-symmetric matrices: closed forms for 2, 3 and 4, `torch.linalg.matrix_exp` beyond.
+
+    Export has no operator for it and gets a Taylor series with a fixed number of squarings.
 
     Args:
         triangle: (..., b (b - 1) / 2), strict upper triangle row by row.
@@ -221,7 +232,25 @@ def skew_exp(triangle: Tensor, size: int) -> Tensor:
         return _exp3(triangle)
     if size == 4:
         return _exp4(triangle)
-    return torch.linalg.matrix_exp(skew(triangle, size))
+    matrix = skew(triangle, size)
+    if not torch.jit.is_scripting():
+        if recording():
+            return _exp_taylor(matrix)
+    return torch.linalg.matrix_exp(matrix)
+
+
+def _exp_taylor(matrix: Tensor, squarings: int = 12) -> Tensor:
+    """exp(A) = exp(A / 2^s)^(2^s), degree 8 (Paterson-Stockmeyer): below 1e-8 in float64 to a norm of 800."""
+    a = matrix / 2 ** squarings
+    a2 = a @ a
+    a4 = a2 @ a2
+    eye = torch.eye(matrix.shape[-1], device=matrix.device, dtype=matrix.dtype)
+    low = eye + a + a2 / 2 + a2 @ a / 6
+    high = eye / 24 + a / 120 + a2 / 720 + a2 @ a / 5040 + a4 / 40320
+    out = low + a4 @ high
+    for _ in range(squarings):
+        out = out @ out
+    return out
 
 
 def skew(triangle: Tensor, size: int) -> Tensor:
