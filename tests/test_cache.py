@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import timm_rope
+from timm_rope import cache
 
 NAMES = timm_rope.list_ropes()
 LEARNED = ['axial_learned', 'liere', 'mixed', 'spherical_learned']
@@ -123,6 +124,19 @@ def test_a_change_of_the_frequencies_is_seen(name, change):
     change(rope)
     assert_current(rope)
     assert not torch.equal(fresh(rope, (3, 4), 1)[0].double(), before[0].double()) or change is to_double
+
+
+@pytest.mark.parametrize('change', [optimizer_step, in_place, new_data, new_parameter, load, assign, to_double])
+def test_a_change_is_seen_without_comparing_values(change, monkeypatch):
+    # as on an accelerator, where comparing would wait for the device
+    monkeypatch.setattr(cache, '_can_compare', lambda tensors: False)
+    rope = make('mixed')
+    count = Counter(rope)
+    with torch.no_grad():
+        rope((3, 4), 1)
+        assert count(lambda: rope((3, 4), 1)) == 0
+    change(rope)
+    assert_current(rope)
 
 
 @pytest.mark.parametrize('name', ['uniform', 'spherical', 'liere'])

@@ -318,3 +318,16 @@ def test_a_name_is_defined_once():
     with pytest.raises(ValueError, match="'axial' is already defined"):
         class Other(RotaryEncoding, name='axial'):
             pass
+
+
+def test_loading_without_a_model_is_checked_too():
+    saved = make('axial').state_dict()
+    make('axial').load_state_dict(saved)
+    with pytest.raises(RuntimeError, match="'axial' is not 'uniform'"):
+        make('uniform').load_state_dict(saved)
+    foreign = make('mixed').state_dict()
+    del foreign['signature']  # weights from elsewhere have none
+    make('mixed').load_state_dict(foreign)
+    foreign['freqs'][0, 0, 0, 0] = math.inf
+    with pytest.raises(ValueError, match='freqs of the checkpoint has 1 non-finite of 256 values'):
+        make('mixed').load_state_dict(foreign)

@@ -332,10 +332,40 @@ def test_reference_grid_of_another_form():
 def test_pretrained_route_refuses_what_does_not_rotate(tmp_path):
     plain = make('vit_tiny_ape', pos_embed='none')
     torch.save(plain.state_dict(), tmp_path / 'plain.pth')
-    overlay = dict(file=str(tmp_path / 'plain.pth'), num_classes=5, input_size=(3, 32, 32))
-    for name, words in (('mixed', 'no rope.freqs'), ('spherical', 'no rotary encoding')):
-        with pytest.raises(RuntimeError, match=words):
-            timm.create_model(f'vit_tiny_rope_{name}', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+    for num_classes in (5, 7):  # another head makes timm's loading non-strict
+        overlay = dict(file=str(tmp_path / 'plain.pth'), num_classes=num_classes, input_size=(3, 32, 32))
+        for name, words in (('mixed', 'no rope.freqs'), ('spherical', 'no rotary encoding')):
+            with pytest.raises(RuntimeError, match=words):
+                timm.create_model(f'vit_tiny_rope_{name}', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_rope_axial', 'vit_tiny_rope_spherical', 'vit_tiny_rope_liere'])
+def test_weights_without_a_reference_grid_get_that_of_their_cfg(name, tmp_path):
+    source = make(name, img_size=48)
+    saved = {k: v for k, v in source.state_dict().items() if k != 'rope.reference_grid'}
+    torch.save(saved, tmp_path / 'weights.pth')
+    overlay = dict(file=str(tmp_path / 'weights.pth'), num_classes=5, input_size=(3, 48, 56))
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, **{**TINY, 'img_size': 96}).eval()
+    assert model.rope.reference_grid.tolist() == [6, 7]
+    plain = make(name, img_size=96, pretrained_cfg_overlay=dict(input_size=(3, 48, 56)))
+    plain.load_state_dict(saved)
+    assert plain.rope.reference_grid.tolist() == [6, 7]
+    direct = RopeVisionTransformer(**{**TINY, 'rope_encoding': name.rsplit('_', 1)[1]})
+    with pytest.raises(RuntimeError, match='missing rope.reference_grid'):  # it has no cfg to tell
+        direct.load_state_dict(saved)
+
+
+@pytest.mark.parametrize('num_classes', [5, 3])  # another head makes timm's loading non-strict
+@pytest.mark.parametrize('name', ['vit_tiny_rope_mixed_ape', 'vit_tiny_ape'])
+def test_pretrained_position_embedding_of_a_non_square_grid(name, num_classes, tmp_path):
+    source = make(name, img_size=(16, 64))
+    torch.save(source.state_dict(), tmp_path / 'weights.pth')
+    overlay = dict(file=str(tmp_path / 'weights.pth'), num_classes=5)
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, **{**TINY, 'num_classes': num_classes}).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.allclose(model.forward_features(x), source.forward_features(x), atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['vit_tiny_rope_spherical', 'vit_tiny_rope_mixed_ape', 'vit_tiny_rope_liere'])

@@ -17,27 +17,29 @@ GRID = 'rope.reference_grid'
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: Any) -> Dict[str, Any]:
     """Bring pretrained weights into our layout: ours, timm's VisionTransformer and DeiT-III, timm's rotary Eva.
 
-    Weights that lack a reference grid get the one of their `pretrained_cfg`. That is only done where the grid does not
-    enter the function (coords 'index'): no other weights without one are published, and a checkpoint of a model that
-    does not rotate must not pass for one of a model that does.
+    Raises:
+        RuntimeError: Nothing in the weights says that they rotate, and it makes a difference.
     """
-    out = vit_filter_fn(state_dict, model, adapt_layer_scale=True, antialias=False)
+    state_dict = state_dict.get('model', state_dict)
+    state_dict = dict(state_dict.get('state_dict', state_dict))
+    pos_embed = state_dict.pop('pos_embed', None)  # timm would resize it with antialias, from a guessed grid
+    out = vit_filter_fn(state_dict, model, adapt_layer_scale=True)
+    if pos_embed is not None:
+        out['pos_embed'] = pos_embed
     rope = getattr(model, 'rope', None)
     if rope is not None:
         if rope.learned and 'rope.freqs' not in out:
             raise RuntimeError(f'The checkpoint has no rope.freqs: it does not hold the rotary encoding {rope.name!r}.')
-        if GRID not in out and rope.coords == 'index':
-            height, width = model.pretrained_cfg['input_size'][-2:]
-            patch = model.patch_embed.patch_size
-            out[GRID] = torch.tensor([height // patch[0], width // patch[1]])
-    if 'pos_embed' in out and getattr(model, 'pos_embed', None) is not None:
-        # timm's filter has resized the embedding to the model's grid
-        out['pos_embed_grid'] = torch.tensor(model.patch_embed.grid_size)
+        if rope.coords == 'index':
+            # NAVER's axial weights hold no trace of their encoding; the grid does not enter its function
+            _fill_reference_grid(model, out, '')
+        elif not any(key.startswith('rope.') for key in out):
+            raise RuntimeError(f'The checkpoint holds no rotary encoding, the model has {rope.name!r}.')
     return out
 
 
 def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, strict: bool) -> None:
-    """Check a state dict before anything is copied, and resize an absolute position embedding in it, in place.
+    """Check a state dict before anything is copied; fill its reference grid and resize its position embedding in place.
 
     Args:
         model: Model with `rope` and `pos_embed`, either may be None.
@@ -51,12 +53,22 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
     """
     if model.rope is not None:
         model.rope.check_state_dict(state_dict, f'{prefix}rope.')
+        if f'{prefix}rope.freqs' in state_dict or f'{prefix}rope.signature' in state_dict:
+            _fill_reference_grid(model, state_dict, prefix)
     _resize_pos_embed(model, state_dict, prefix)
     reasons = _mismatches(model, state_dict, prefix, strict)
     if reasons:
         raise RuntimeError(
             f'Error(s) in loading state_dict for {type(model).__name__}: {_explain(model, state_dict, prefix)}\n\t'
             + '\n\t'.join(reasons[:8]) + (f'\n\t... and {len(reasons) - 8} more' if len(reasons) > 8 else ''))
+
+
+def _fill_reference_grid(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
+    """Rotary weights without a reference grid get the one of their pretrained_cfg, not of the model being built."""
+    input_size = getattr(model, 'pretrained_cfg', {}).get('input_size')
+    if f'{prefix}{GRID}' not in state_dict and input_size is not None:
+        patch = model.patch_embed.patch_size
+        state_dict[f'{prefix}{GRID}'] = torch.tensor([input_size[-2] // patch[0], input_size[-1] // patch[1]])
 
 
 def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
