@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
 def properties_table() -> str:
     """Markdown table: what turns, whether it is learned, equivariant, oblique, its parameters in ViT-S, its use."""
     lines = [
-        '| encoding | turns | learned | equivariant | oblique | parameters, ViT-S | what it is, when to use it | source |',
+        '| encoding | turns | learned | equivariant | oblique | parameters, ViT-S | what and when | source |',
         '|---|---|---|---|---|---|---|---|',
     ]
     for name in list_ropes():

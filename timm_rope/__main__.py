@@ -1,0 +1,55 @@
+"""`python -m timm_rope COMMAND`: what the package can do without a line of Python.
+
+A command is a module with `add_arguments(parser)` and `run(args) -> int`, the exit status.
+"""
+import argparse
+import os
+import sys
+from importlib import import_module
+from typing import Dict, List, Optional, Tuple
+
+from ._version import __version__
+
+COMMANDS: Dict[str, Tuple[str, str]] = {  # name -> (module, help)
+    'demo': ('.demo', 'train a rotary and a learned position encoding on small images and compare them on larger ones'),
+    'doctor': ('.doctor', 'say whether scripts that only import timm find the models, and what to do if not'),
+    'encodings': ('.properties', 'list the encodings and their properties or options'),
+    'list': ('.catalog', 'list the models'),
+}
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments, those of the process by default.
+
+    Returns:
+        Exit status: that of the command, or 2 without one.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_rope', description='Rotary position encodings for Vision Transformers, a plugin for timm.')
+    parser.add_argument('--version', action='version', version=f'timm_rope {__version__}')
+    commands = parser.add_subparsers(metavar='COMMAND')
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.')
+        if argv[:1] == [name]:  # only the command in use is imported: doctor must work where torch and timm are broken
+            implementation = import_module(module, __package__)
+            implementation.add_arguments(command)
+            command.set_defaults(run=implementation.run)
+    args = parser.parse_args(argv)
+    if not hasattr(args, 'run'):
+        parser.print_help()
+        return 2
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # of `... | head`; what is still buffered goes nowhere instead of failing again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
