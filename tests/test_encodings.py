@@ -118,6 +118,20 @@ def test_axial_channels_see_one_axis():
         assert not torch.equal(r[0, 0, :32, :32], r[0, 1, :32, :32])
 
 
+@pytest.mark.parametrize('name,options', VARIANTS, ids=IDS)
+def test_oblique_encodings_turn_a_group_with_both_axes(name, options):
+    rope = make(name, options)
+    size, groups = rope.rotation.size, rope.rotation.groups
+    r = matrices(rope, (3, 3))[0].detach().reshape(3, 3, 64, 64)
+    both = []
+    for g in range(groups):
+        block = r[:, :, g * size:(g + 1) * size, g * size:(g + 1) * size]
+        with_y = (block[1, 1] - block[2, 1]).abs().max() > 1e-6
+        with_x = (block[1, 1] - block[1, 2]).abs().max() > 1e-6
+        both.append(bool(with_x and with_y))
+    assert all(both) if rope.oblique else not any(both)
+
+
 def test_mixed_starts_as_a_turned_axial_basis():
     freqs = make('mixed', num_heads=3, depth=4).freqs.detach()
     assert freqs.shape == (2, 4, 3, 32)
