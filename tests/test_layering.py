@@ -20,7 +20,7 @@ ALLOWED = {
     'frequencies': set(),
     'coordinates': {'precision'},
     'rotation': {'precision'},
-    'encoding': {'cache', 'coordinates', 'rotation', 'signature'},
+    'encoding': {'cache', 'checks', 'coordinates', 'rotation', 'signature'},
     'encodings': {'encoding', 'frequencies', 'rotation', 'checks'},
     'attention': {'rotation'},
     'patch_embed': {'checks'},
@@ -35,8 +35,9 @@ ALLOWED = {
     '__main__': {'catalog', 'demo', 'doctor', '_version'},
     '__init__': {'plugin', '_version', 'encoding', 'encodings', 'vit'},
 }
-FREE_OF_TIMM = ['__init__', '_version', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'frequencies', 'plugin',
-                'precision', 'properties', 'rotation', 'signature']
+FREE_OF_TIMM = [
+    '__init__', '_version', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'frequencies', 'plugin', 'precision',
+    'properties', 'rotation', 'signature']
 
 
 def unit_of(path):
@@ -88,5 +89,5 @@ def test_every_encoding_explains_itself(name):
     cls = ENCODINGS[name]
     assert cls.summary and cls.source.startswith('arXiv ')
     assert cls.source in cls.__doc__ and 'head_dim' in cls.__doc__
-    assert all(f'{option}:' in cls.__doc__ for option in cls.option_names()), 'every option is documented'
+    assert all(f'{option}:' in cls.__doc__ for option in cls.option_defaults()), 'every option is documented'
     assert cls.relative in ('xy', 'last', '')

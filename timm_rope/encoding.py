@@ -5,13 +5,13 @@ else is here: the reference grid, the payloads of a grid, their cache, precision
 
 Shapes: L layers, H heads, G channel groups, N tokens, W payload width. An axis of size 2 is (x, y), x first.
 """
-import inspect
-from typing import Any, ClassVar, Dict, List, Optional, Set, Tuple, Type
+from typing import Any, ClassVar, Dict, List, Set, Tuple, Type
 
 import torch
 from torch import Tensor, nn
 
 from .cache import PayloadCache
+from .checks import check_choice, check_integer, check_positive
 from .coordinates import COORDS, grid_axes, to_grid
 from .rotation import Rotation
 from .signature import format_signature, read_signature, signature_conflicts
@@ -19,6 +19,7 @@ from .signature import format_signature, read_signature, signature_conflicts
 torch.fx.wrap('grid_axes')
 
 ENCODINGS: Dict[str, Type['RotaryEncoding']] = {}
+SHARING = dict(share_heads=False, share_layers=False)  # options of every learned encoding
 
 
 class RotaryEncoding(nn.Module):
@@ -33,21 +34,25 @@ class RotaryEncoding(nn.Module):
     Frequencies, coordinates and payloads are kept and computed in float32 (float64 in a float64 module), whatever
     dtype the model is cast to and outside autocast: in bfloat16 the positions of a 32 x 32 grid are off by 0.3 rad.
 
+    A subclass defines `defaults`, `make_rotation` and `initial_freqs`, and where its frequencies are stored in another
+    form `freqs_shape` and `frequencies`.
+
     Args:
-        rotation: How the channel groups turn.
-        freqs_shape: Shape of the frequencies that `initial_freqs` fills.
-        learned: Whether the frequencies are a parameter (in the state dict) or a non-persistent buffer.
         head_dim: Channels per head.
         num_heads: Attention heads.
         depth: Blocks of the model, one payload each.
         reference_grid: (rows, columns) the weights are trained on; see `coordinates.py`. Loaded weights bring theirs.
-        coords: Coordinate convention, one of `coords_choices`.
-        options: The encoding's own options, for `extra_repr` and, unless they only matter for initialisation, for the
-            signature that a checkpoint must agree with.
-        init_options: Names of the options that only matter for initialisation.
+        device: Device of all tensors.
+        dtype: float32 or float64; lower precisions are raised to float32.
+        **options: Options of the encoding, `option_defaults()`.
+
+    Raises:
+        ValueError: A size or option out of range, or an option that only other encodings take.
+        TypeError: An option that no encoding takes.
 
     Attributes:
-        freqs: Frequencies or generators, x first.
+        options: All options with their values.
+        freqs: Frequencies or generators, x first: a parameter if learned, else a non-persistent buffer.
         reference_grid: Integer tensor (2,), saved with the weights.
         signature: uint8 tensor, the name and options of the encoding as text, saved with the weights. Fixed
             encodings have no other tensor that could tell a spherical checkpoint from an axial one.
@@ -58,6 +63,7 @@ class RotaryEncoding(nn.Module):
     learned: ClassVar[bool] = False
     oblique: ClassVar[bool] = False  # wave vectors off the axes
     relative: ClassVar[str] = 'xy'  # axes along which the score depends on the offset alone: 'xy', '', 'last'
+    defaults: ClassVar[Dict[str, Any]] = {}  # options of the encoding, `coords` among them, with their defaults
     coords_choices: ClassVar[Tuple[str, ...]] = COORDS
     span: ClassVar[float] = 2 * torch.pi  # of the reference image in normalised coordinates
     centered: ClassVar[bool] = True
@@ -77,36 +83,34 @@ class RotaryEncoding(nn.Module):
 
     def __init__(
             self,
-            rotation: Rotation,
-            freqs_shape: Tuple[int, ...],
             head_dim: int,
             num_heads: int,
             depth: int,
-            reference_grid: Tuple[int, int],
-            coords: str,
-            options: Optional[Dict[str, Any]] = None,
-            init_options: Tuple[str, ...] = (),
+            reference_grid: Tuple[int, int] = (14, 14),
+            *,
             device=None,
             dtype=None,
+            **options: Any,
     ) -> None:
         super().__init__()
-        if coords not in self.coords_choices:
-            raise ValueError(f'coords of {self.name!r} must be one of {self.coords_choices}, got {coords!r}.')
-        self.rotation = rotation
-        self.head_dim = head_dim
-        self.num_heads = num_heads
-        self.depth = depth
-        self.coords = coords
-        self.options = {'coords': coords, **(options or {})}
+        self.head_dim = check_integer(head_dim, 'head_dim')
+        self.num_heads = check_integer(num_heads, 'num_heads')
+        self.depth = check_integer(depth, 'depth')
+        self.options = self._checked(options)
+        self.coords: str = self.options['coords']
+        self.rotation = self.make_rotation()
         self._initial_grid = to_grid(reference_grid, 'reference_grid')
-        self._signature = format_signature(
-            self.name, {k: v for k, v in self.options.items() if k not in init_options})
+        # what only matters for initialisation, or shows in the shapes, is not compared with a checkpoint
+        ignored = {*SHARING, 'temperature'} if self.learned else set()
+        self._signature = format_signature(self.name, {k: v for k, v in self.options.items() if k not in ignored})
         self._cache = PayloadCache()
 
         dtype = dtype or torch.get_default_dtype()
         if dtype.itemsize < 4:
             dtype = torch.float32
-        freqs = torch.empty(freqs_shape, device=device, dtype=dtype)
+        layers = self.depth if self.learned and not self.options['share_layers'] else 1
+        heads = self.num_heads if self.learned and not self.options['share_heads'] else 1
+        freqs = torch.empty(self.freqs_shape(layers, heads), device=device, dtype=dtype)
         if self.learned:
             self.freqs = nn.Parameter(freqs)
         else:
@@ -115,7 +119,36 @@ class RotaryEncoding(nn.Module):
         self.register_buffer('signature', torch.empty(len(self._signature), device=device, dtype=torch.uint8))
         self.reset_parameters()
 
+    @classmethod
+    def option_defaults(cls) -> Dict[str, Any]:
+        """The options the encoding takes, beside the sizes, with their defaults."""
+        return {**cls.defaults, **(SHARING if cls.learned else {})}
+
+    def _checked(self, options: Dict[str, Any]) -> Dict[str, Any]:
+        taken = self.option_defaults()
+        for key in options:
+            if key not in taken:
+                known = any(key in other.option_defaults() for other in ENCODINGS.values())
+                message = f'Rotary encoding {self.name!r} takes no option {key!r}; its options are {", ".join(taken)}.'
+                raise ValueError(message) if known else TypeError(message)
+        options = {**taken, **options}
+        check_choice(options['coords'], self.coords_choices, f'coords of {self.name!r}')
+        if 'temperature' in options:
+            check_positive(options['temperature'], 'temperature')
+        for key in SHARING:
+            if not isinstance(options.get(key, False), bool):
+                raise ValueError(f'{key} must be True or False, got {options[key]!r}.')
+        return options
+
     # -- what a subclass defines
+
+    def make_rotation(self) -> Rotation:
+        """How the channel groups turn, for `self.head_dim` and `self.options`."""
+        raise NotImplementedError
+
+    def freqs_shape(self, layers: int, heads: int) -> Tuple[int, ...]:
+        """Shape of `freqs`, layers on axis 1; `layers` and `heads` are 1 where frequencies are shared or fixed."""
+        return 2, layers, heads, self.rotation.groups
 
     def initial_freqs(self) -> Tensor:
         """Initial value of `freqs`, in its shape, on its device and in its dtype."""
@@ -299,21 +332,6 @@ class RotaryEncoding(nn.Module):
             f'{self.name}, head_dim={self.head_dim}, num_heads={self.num_heads}, depth={self.depth}, '
             f'reference_grid={grid}{options}, freqs={tuple(self.freqs.shape)}'
             f'{" learned" if self.learned else " fixed"}')
-
-    @classmethod
-    def option_names(cls) -> List[str]:
-        """Names of the options the encoding takes, beside the sizes."""
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        return [n for n in names if n not in ('device', 'dtype')]
-
-
-def layers_and_heads(depth: int, num_heads: int, share_layers: bool, share_heads: bool) -> Tuple[int, int]:
-    """Axes L and H of learned frequencies, 1 where they are shared."""
-    for name, value in (('share_layers', share_layers), ('share_heads', share_heads)):
-        if not isinstance(value, bool):
-            raise ValueError(f'{name} must be True or False, got {value!r}.')
-    return 1 if share_layers else depth, 1 if share_heads else num_heads
 
 
 @torch.fx.wrap

@@ -36,8 +36,7 @@ def options_table() -> str:
     """Markdown table: the options of each encoding with their defaults, as the models take them."""
     lines: List[str] = ['| encoding | options and defaults |', '|---|---|']
     for name in list_ropes():
-        rope = create_rope(name, device='meta')
-        options = ', '.join(f'`rope_{key}={rope.options[key]}`' for key in ENCODINGS[name].option_names())
+        options = ', '.join(f'`rope_{key}={value}`' for key, value in ENCODINGS[name].option_defaults().items())
         lines.append(f'| `{name}` | {options} |')
     return '\n'.join(lines)
 

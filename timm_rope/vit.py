@@ -35,7 +35,7 @@ class RopeVisionTransformer(VisionTransformer):
     """timm's VisionTransformer with a rotary position encoding.
 
     The encoding is the child `rope`, created from `rope_encoding` and every argument that starts with `rope_`; its
-    options are listed by `timm_rope.ENCODINGS[name].option_names()`. Images of any multiple of the patch are taken
+    options are listed by `python -m timm_rope encodings --options`. Images of any multiple of the patch are taken
     without a flag; `dynamic_img_pad=True` takes any size, `dynamic_img_size=False` only the one it was built for.
 
     Args:

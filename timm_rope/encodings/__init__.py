@@ -1,7 +1,6 @@
 """The registry: one import line per encoding."""
 from typing import Any, List, Tuple
 
-from ..checks import check_integer
 from ..encoding import ENCODINGS, RotaryEncoding
 from .axial import Axial as Axial
 from .axial import AxialLearned as AxialLearned
@@ -37,7 +36,7 @@ def create_rope(
         reference_grid: (rows, columns) of patches the weights are trained on.
         device: Device of its tensors.
         dtype: float32 or float64; lower precisions are raised to float32.
-        **options: Options of the encoding (`ENCODINGS[name].option_names()`), with or without the prefix `rope_`
+        **options: Options of the encoding (`ENCODINGS[name].option_defaults()`), with or without the prefix `rope_`
             under which the models take them.
 
     Returns:
@@ -49,19 +48,10 @@ def create_rope(
     """
     if name not in ENCODINGS:
         raise ValueError(f'Unknown rotary encoding {name!r}; known are {", ".join(list_ropes())}.')
-    encoding: Any = ENCODINGS[name]
     plain = {}
     for key, value in options.items():
         key = key.removeprefix('rope_')
         if key in plain:
             raise TypeError(f'Option {key!r} was given twice, with and without the prefix rope_.')
         plain[key] = value
-    taken = encoding.option_names()
-    for key in plain:
-        if key not in taken:
-            known = {option for other in ENCODINGS.values() for option in other.option_names()}
-            message = f'Rotary encoding {name!r} takes no option {key!r}; its options are {", ".join(taken)}.'
-            raise ValueError(message) if key in known else TypeError(message)
-    check_integer(num_heads, 'num_heads')
-    check_integer(depth, 'depth')
-    return encoding(head_dim, num_heads, depth, reference_grid, device=device, dtype=dtype, **plain)
+    return ENCODINGS[name](head_dim, num_heads, depth, reference_grid, device=device, dtype=dtype, **plain)

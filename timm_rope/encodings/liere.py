@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_group, check_integer
-from ..encoding import RotaryEncoding, layers_and_heads
+from ..encoding import RotaryEncoding
 from ..rotation import BlockRotation
 
 
@@ -14,17 +14,14 @@ class LieRE(RotaryEncoding, name='liere'):
 
     block 2 is RoPE-Mixed in other coordinates, block = head_dim the dense LieRE, 8 the best of its paper. Generators
     start uniform in (0, 2 pi), by default for every layer and head. Not relative, unless A_x and A_y commute. Larger
-    grids extrapolate: coordinates grow beyond 1, the step between patches stays.
+    grids extrapolate: coordinates grow beyond 1, the step between patches stays. Channels of head_dim beyond the last
+    whole block pass unrotated.
 
     `freqs`: (2, depth, heads * blocks, block (block - 1) / 2), strict upper triangles row by row, x first.
 
     Args:
-        head_dim: Channels per head; channels beyond the last whole block pass unrotated.
-        num_heads: Attention heads.
-        depth: Blocks of the model.
-        reference_grid: Grid that coordinates from 0 to 1 cover.
         block: Size of the generators, 2 .. head_dim. Exact closed forms for 2, 3, 4.
-        coords: 'cells' (patch centres), 'ends' (as published) or 'index'.
+        coords: 'cells' (patch centres, from 0 to 1 across the reference grid), 'ends' (as published) or 'index'.
         share_heads: One set of generators for all heads of a layer.
         share_layers: One set of generators for all layers.
     """
@@ -33,33 +30,19 @@ class LieRE(RotaryEncoding, name='liere'):
     learned = True
     oblique = True
     relative = ''
+    defaults = dict(block=8, coords='cells')
     span = 1.
     centered = False
 
-    def __init__(
-            self,
-            head_dim: int,
-            num_heads: int,
-            depth: int,
-            reference_grid: Tuple[int, int] = (14, 14),
-            *,
-            block: int = 8,
-            coords: str = 'cells',
-            share_heads: bool = False,
-            share_layers: bool = False,
-            device=None,
-            dtype=None,
-    ) -> None:
-        check_integer(block, 'block', 2)
-        blocks = check_group(head_dim, block, 'liere')
-        layers, heads = layers_and_heads(depth, num_heads, share_layers, share_heads)
+    def make_rotation(self) -> BlockRotation:
+        block = check_integer(self.options['block'], 'block', 2)
+        check_group(self.head_dim, block, self.name)
+        return BlockRotation(self.head_dim, block)
+
+    def freqs_shape(self, layers: int, heads: int) -> Tuple[int, ...]:
         # at most 4 dimensions: `model.to(memory_format=torch.channels_last)` refuses parameters with 5
-        super().__init__(
-            BlockRotation(head_dim, block),
-            (2, layers, heads * blocks, block * (block - 1) // 2),
-            head_dim, num_heads, depth, reference_grid, coords,
-            options=dict(block=block, share_heads=share_heads, share_layers=share_layers),
-            init_options=('share_heads', 'share_layers'), device=device, dtype=dtype)
+        size = self.rotation.size
+        return 2, layers, heads * self.rotation.groups, size * (size - 1) // 2
 
     def initial_freqs(self) -> Tensor:
         return 2 * torch.pi * torch.rand_like(self.freqs)
