@@ -36,8 +36,8 @@ ALLOWED = {
     '__init__': {'plugin', '_version', 'encoding', 'encodings', 'vit'},
 }
 FREE_OF_TIMM = [
-    '__init__', '_version', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'frequencies', 'plugin', 'precision',
-    'properties', 'rotation', 'signature']
+    '__init__', '_version', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'frequencies', 'plugin',
+    'precision', 'properties', 'rotation', 'signature']
 
 
 def unit_of(path):

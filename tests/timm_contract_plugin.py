@@ -1,0 +1,214 @@
+"""pytest plugin that turns timm's own test files into tests of our models; loaded by `timm_contract.py` with `-p`.
+
+timm's test files run as they are. This plugin changes only which models they are given:
+
+- `timm.list_models` returns the models under test, whatever module is asked for, so that lists built from it, also
+  those of hard-coded module names, hold our models;
+- tests whose model names are written in a `parametrize` mark get a mark with ours (REPARAMETRISED);
+- tests whose model name is written in the body have it replaced where it reaches `create_model` (RENAMED).
+
+Everything that is not about a model under test is deselected. The models are named by the environment variable
+TIMM_ROPE_CONTRACT_MODELS, separated by spaces.
+
+`vit_test_rope_<encoding>[_ape]` and `vit_test_ape` are made here from the table of the real models: small, and not
+square, so that rows cannot be taken for columns.
+"""
+import functools
+import os
+import sys
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+
+import pytest
+import timm
+from timm.models import generate_default_cfgs, register_model
+
+from timm_rope.models import rope_vit
+
+# -- small models, built by the code of the real ones
+
+rope_vit.SIZES['test'] = dict(embed_dim=48, depth=4, num_heads=3)
+for _name, _args in rope_vit._model_args().items():
+    if _name.startswith('vit_test_'):
+        # with the real LayerScale of 1e-4 the attention would be too small to be missed in any comparison
+        rope_vit.MODEL_ARGS[_name] = dict(_args, patch_size=8, init_values=0.5)
+STAND_INS = [name for name in rope_vit.MODEL_ARGS if name.startswith('vit_test_')]
+
+default_cfgs = generate_default_cfgs(
+    {f'{name}.untrained': rope_vit._cfg(input_size=(3, 32, 48)) for name in STAND_INS})
+for _name in STAND_INS:
+    _entrypoint = rope_vit._define(_name)
+    _entrypoint.__module__ = __name__  # where timm looks for default_cfgs
+    setattr(sys.modules[__name__], _name, register_model(_entrypoint))
+
+MODELS = os.environ.get('TIMM_ROPE_CONTRACT_MODELS', '').split() or STAND_INS
+
+
+# -- tests of test_models.py and others whose marks name a model
+
+SMALL = dict(embed_dim=32, depth=1, num_heads=2)
+
+# test -> (names of the parameters, values for one model); other marks of the test stay
+REPARAMETRISED: Dict[str, Tuple[str, Callable[[str], List[Any]]]] = {
+    # features
+    'test_model_forward_features': ('model_name', lambda m: [m]),
+    'test_features_only_feature_cls_class': ('model_name', lambda m: [m]),
+    'test_pruned_features_torchscript': ('model_name', lambda m: [m]),
+    'test_feature_getter_stage_ends_torchscript': ('model_name', lambda m: [m]),
+    # pruning
+    'test_prune_intermediate_layers_params_used': ('model_name', lambda m: [m]),
+    'test_forward_after_prune_intermediate_layers': ('model_name', lambda m: [m]),
+    # head and pool
+    'test_reset_classifier_keeps_pool': ('model_name', lambda m: [m]),
+    'test_head_hidden_size': ('model_name, model_kwargs', lambda m: [
+        (m, {}), (m, dict(global_pool='avg')), (m, dict(class_token=False, global_pool='avg', reg_tokens=4))]),
+    'test_catavgmax_unsupported': ('model_name', lambda m: [m]),
+    # weights
+    'test_headless_checkpoint_reload': ('model_name,kwargs', lambda m: [(m, {}), (m, dict(global_pool='avg'))]),
+    'test_model_init_weights_after_to_empty': ('model_name, kwargs', lambda m: [
+        (m, {}), (m, dict(weight_init='jax', reg_tokens=4)), (m, dict(weight_init='naver'))]),
+    'test_swin_family_reinit_after_to_empty': ('model_name,img_size', lambda m: [(m, 64)]),
+    'test_freeze_unfreeze_root_parameters': ('model_name', lambda m: [m]),
+    # size; the encodings keep their frequencies in float32, which this test of bfloat16 buffers does not allow
+    'test_relpos_family_set_input_size': ('model_name,kwargs,img_size,new_size', lambda m: (
+        [(m, {}, 64, 96)] if '_rope' not in m else [])),
+    # round trips through an exported folder
+    'test_default_resize_hub_roundtrip': ('name,kwargs,img_size,new_size', lambda m: [
+        (m, {}, 32, 48), (m, SMALL, 64, 96), (m, dict(SMALL, dynamic_img_size=False), 64, 96)]),
+    'test_export_tracks_reset_pool_in_head': ('model_name,num_classes,pool', lambda m: [
+        (m, 3, 'max'), (m, 3, 'avgmax'), (m, 0, '')]),
+    'test_export_tracks_reset_classifier_structure': ('model_name,kwargs,pool,reload_naflex', lambda m: [
+        (m, SMALL, 'avg', None),
+        (m, dict(SMALL, global_pool='avg'), 'token', None),
+        (m, dict(SMALL, global_pool='map'), 'map', None),
+        (m, dict(SMALL, global_pool='max', fc_norm=False), '', None),
+    ]),
+}
+
+# parameters beside the model for which a test says nothing about ours -> values kept
+KEPT_VALUES: Dict[str, Tuple[str, List[Any]]] = {
+    'test_flexible_model_export_keeps_nominal_grid_and_preprocessing_separate': ('use_naflex', [False]),
+    'test_export_does_not_inherit_training_regularization': ('vit', [True]),
+}
+
+
+# -- tests whose body names a model
+
+class Renamed(NamedTuple):
+    name: str = 'vit_tiny_patch16_224'  # in timm's test
+    defaults: Dict[str, Any] = {}  # arguments of the model that the named one has by default
+    constants: Dict[str, Any] = {}  # of the test's module
+
+
+_FIXED = dict(dynamic_img_size=False)  # timm's ViT takes one size unless told otherwise, ours any
+_HEADS_OF_16 = {'_CUSTOM_LOAD_MODEL_KWARGS': {
+    'vit_tiny_patch16_224': dict(img_size=8, patch_size=4, embed_dim=32, depth=1, num_heads=2)}}
+
+RENAMED: Dict[str, Renamed] = {
+    # test_models.py
+    'test_convit_dtype_change_after_forward': Renamed('convit_tiny'),
+    'test_resnet_pruned_grad_checkpointing': Renamed('test_resnet'),
+    'test_hybrid_vit_set_input_size_dtype': Renamed('vit_tiny_r_s16_p8_224'),
+    # test_model_input.py
+    'test_script_resolution_preserves_source_config_and_legacy_resolver': Renamed(
+        defaults=dict(pretrained_cfg_overlay=dict(input_size=(3, 224, 224)))),
+    'test_script_construction_rejects_conflicting_inputs': Renamed(),
+    'test_script_resolution_defaults_to_multispectral_source': Renamed('resnet18'),
+    'test_flexible_model_uses_test_size_and_explicit_data_overrides': Renamed(),
+    'test_runtime_resolution_rejects_incompatible_explicit_requests': Renamed(defaults=_FIXED),
+    'test_adapted_resized_model_hub_roundtrip': Renamed(defaults=_FIXED),
+    'test_export_requires_serializable_architecture_options': Renamed(),
+    'test_export_rejects_conflicting_model_metadata': Renamed(),
+    'test_flexible_model_export_keeps_nominal_grid_and_preprocessing_separate': Renamed(),
+    'test_model_traits_are_independent_and_follow_resize_and_head_reset': Renamed(defaults=_FIXED),
+    'test_export_data_config_test_size_roundtrip': Renamed('test_resnet'),
+    'test_efficientvit_msra_rectangular_resize_roundtrip': Renamed('efficientvit_m0'),
+    'test_export_does_not_inherit_training_regularization': Renamed(),
+    # test_utils.py
+    'test_vit_linear_probe_freezes_backbone': Renamed(),
+    # test_checkpoint_loading.py
+    'test_native_checkpoint_file_adapts_head_for_custom_load_source': Renamed(constants=_HEADS_OF_16),
+    'test_explicit_custom_load_file_uses_model_loader': Renamed(constants=_HEADS_OF_16),
+}
+# constants of the modules, for tests that are reparametrised
+CONSTANTS = {'test_swin_family_reinit_after_to_empty': {'_SWIN_KWARGS': {}}}
+
+
+@pytest.fixture
+def renamed_model(request, monkeypatch):
+    """Give the test of RENAMED the model of the parameter instead of the one its body names."""
+    rule = RENAMED[request.function.__name__]
+
+    def replace(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def wrapper(model_name, *args, **kwargs):
+            if model_name != rule.name:
+                return function(model_name, *args, **kwargs)
+            return function(request.param, *args, **{**rule.defaults, **kwargs})
+        return wrapper
+
+    for module in (timm, request.module):
+        for function in ('create_model', 'resolve_model_input_args'):
+            if hasattr(module, function):
+                monkeypatch.setattr(module, function, replace(getattr(module, function)))
+
+
+@pytest.fixture
+def changed_constants(request, monkeypatch):
+    name = request.function.__name__
+    for key, value in {**CONSTANTS.get(name, {}), **getattr(RENAMED.get(name), 'constants', {})}.items():
+        monkeypatch.setattr(request.module, key, value)
+
+
+# -- hooks
+
+seen = set()  # tests of the tables that timm still has
+
+
+def pytest_configure(config) -> None:
+    real = timm.list_models
+
+    def list_models(filter='', module='', *args, **kwargs):
+        return [name for name in real(filter, '', *args, **kwargs) if name.split('.')[0] in MODELS]
+
+    timm.list_models = timm.models.list_models = list_models
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector, name, obj) -> None:
+    """Change the marks of a test function before pytest makes items of it."""
+    marks = list(getattr(obj, 'pytestmark', []))
+    if name in REPARAMETRISED:
+        parameters, values = REPARAMETRISED[name]
+        marks = _without(marks, parameters)
+        marks.append(pytest.mark.parametrize(parameters, [v for model in MODELS for v in values(model)]).mark)
+    elif name in RENAMED:
+        marks.append(pytest.mark.usefixtures('renamed_model').mark)
+        marks.append(pytest.mark.parametrize('renamed_model', MODELS, indirect=True).mark)
+    else:
+        return
+    seen.add(name)
+    if name in KEPT_VALUES:
+        parameters, kept = KEPT_VALUES[name]
+        marks = [*_without(marks, parameters), pytest.mark.parametrize(parameters, kept).mark]
+    marks.append(pytest.mark.usefixtures('changed_constants').mark)
+    obj.pytestmark = marks
+
+
+def _without(marks: List[Any], parameters: str) -> List[Any]:
+    return [m for m in marks if m.name != 'parametrize' or m.args[0].replace(' ', '') != parameters.replace(' ', '')]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    missing = (set(REPARAMETRISED) | set(RENAMED)) - seen
+    if missing:
+        raise pytest.UsageError(f'The tests of timm {timm.__version__} have no {", ".join(sorted(missing))} any more.')
+    ours = []
+    for item in items:
+        values = getattr(getattr(item, 'callspec', None), 'params', {}).values()
+        model = next((v.split('.')[0] for v in values if isinstance(v, str) and v.split('.')[0] in MODELS), None)
+        if model is not None:
+            item.user_properties.append(('model', model))  # for the report
+            ours.append(item)
+    config.hook.pytest_deselected(items=[i for i in items if i not in ours])
+    items[:] = ours
