@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import create_dataset, create_loader
-from timm.models import load_checkpoint, resume_checkpoint
+from timm.models import load_checkpoint, model_parameters, resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver, ModelEmaV3
@@ -141,10 +141,21 @@ def test_optimizer_groups(name):
         assert group['lr_scale'] == stem['lr_scale'] and group['lr'] == stem['lr']
 
 
+@pytest.mark.filterwarnings('ignore:.torch.jit')
+@pytest.mark.parametrize('name', MODELS)
+def test_scripted_model_has_the_same_groups(name):
+    # the training script creates the optimizer after --torchscript
+    model = new_model(name)
+    scripted = torch.jit.script(model)
+    assert scripted.no_weight_decay() == model.no_weight_decay()
+    assert scripted.group_matcher() == model.group_matcher()
+    mine, theirs = new_optimizer(scripted)[0].param_groups, new_optimizer(model)[0].param_groups
+    assert [[g['lr'], g['weight_decay'], len(g['params'])] for g in mine] == [
+        [g['lr'], g['weight_decay'], len(g['params'])] for g in theirs]
+
+
 def test_head_is_last(trained):
     # timm's adaptive gradient clipping takes the last two parameters for the head
-    from timm.models import model_parameters
-
     kept = {id(p) for p in model_parameters(trained.model, exclude_head=True)}
     left_out = [n for n, p in trained.model.named_parameters() if id(p) not in kept]
     assert left_out == ['head.weight', 'head.bias']

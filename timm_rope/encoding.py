@@ -67,7 +67,7 @@ class RotaryEncoding(nn.Module):
     coords_choices: ClassVar[Tuple[str, ...]] = COORDS
     span: ClassVar[float] = 2 * torch.pi  # of the reference image in normalised coordinates
     centered: ClassVar[bool] = True
-    __constants__ = ['centered', 'span']  # TorchScript finds class attributes only here
+    __constants__ = ['centered', 'learned', 'span']  # TorchScript finds class attributes only here
 
     freqs: Tensor
     reference_grid: Tensor

@@ -154,12 +154,12 @@ class RopeVisionTransformer(VisionTransformer):
     def no_weight_decay(self) -> Set[str]:
         """Names of parameters without weight decay."""
         rope = self.rope.no_weight_decay() if self.rope is not None else set()
-        return super().no_weight_decay() | {f'rope.{name}' for name in rope}
+        return VisionTransformer.no_weight_decay(self) | {f'rope.{name}' for name in rope}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Parameter groups for layer-wise lr decay. Frequencies of all blocks are one tensor and go with the stem."""
-        groups = super().group_matcher(coarse)
+        groups = VisionTransformer.group_matcher(self, coarse)  # super() refuses a scripted model
         return {**groups, 'stem': f'{groups["stem"]}|rope'}
 
     # -- size
