@@ -416,6 +416,7 @@ def test_hub_folder_round_trip(name, options, tmp_path):
     (dict(embed_dim=2), ValueError, 'head_dim must be at least 2'),
     (dict(depth=0), ValueError, 'depth'),
     (dict(rope_reference_grid=(14, 0)), ValueError, r'reference_grid.*\(14, 0\)'),
+    (dict(pos_embed='sincos'), ValueError, "pos_embed must be one of 'learn', 'none', '', got 'sincos'"),
     (dict(weight_init='kaiming'), ValueError, "weight_init must be one of.*'kaiming'"),
 ])
 def test_bad_arguments(kwargs, error, words):
@@ -435,8 +436,11 @@ def test_bad_images(size):
 
 def test_a_failed_resize_loses_nothing():
     model = make('vit_tiny_ape')
-    with pytest.raises(ValueError):
-        model.set_input_size((32, 0))
+    for size in (0, (32, 0), -8):
+        with pytest.raises(ValueError, match='img_size must be an integer of at least 1'):
+            model.set_input_size(size)
+    with pytest.raises(ValueError, match='patch_size must be an integer of at least 1, got 0'):
+        model.set_input_size(patch_size=0)
     assert model.pos_embed is not None and model(torch.randn(1, 3, 32, 32)).shape == (1, 5)
 
 

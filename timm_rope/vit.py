@@ -89,6 +89,7 @@ class RopeVisionTransformer(VisionTransformer):
             if name in kwargs:
                 raise TypeError(f'{name} is set by RopeVisionTransformer and cannot be given.')
         check_choice(weight_init, WEIGHT_INITS, 'weight_init')
+        check_choice(pos_embed, ('learn', 'none', ''), 'pos_embed')
         check_integer(depth, 'depth')
         if check_integer(embed_dim, 'embed_dim') % check_integer(num_heads, 'num_heads'):
             raise ValueError(f'embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}.')
@@ -176,8 +177,9 @@ class RopeVisionTransformer(VisionTransformer):
             img_size: New nominal size; None keeps the current one.
             patch_size: New patch size, to which the patch embedding is resampled; None keeps the current one.
         """
-        patch = to_size(patch_size or self.patch_embed.patch_size, 'patch_size')
-        img_size = to_image_size(img_size or self.patch_embed.img_size, patch, self.patch_embed.dynamic_img_pad)
+        patch = to_size(self.patch_embed.patch_size if patch_size is None else patch_size, 'patch_size')
+        img_size = to_image_size(
+            self.patch_embed.img_size if img_size is None else img_size, patch, self.patch_embed.dynamic_img_pad)
         old_grid, pos_embed = self.patch_embed.grid_size, self.pos_embed
         self.pos_embed = None  # timm would resize it with antialias
         try:
