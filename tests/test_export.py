@@ -2,21 +2,11 @@
 import warnings
 
 import pytest
-import timm
 import torch
+from tiny import make
 
-TINY = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5, init_values=1.0)
 CASES = [('vit_tiny_rope_mixed_ape', {}), ('vit_tiny_rope_axial', {}), ('vit_tiny_rope_spherical_learned', {}),
          ('vit_tiny_rope_liere', {'rope_block': 3}), ('vit_tiny_rope_liere', {})]
-
-
-def make(name, **kwargs):
-    torch.manual_seed(0)
-    model = timm.create_model(name, **{**TINY, **kwargs}).eval()
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.qkv.weight.mul_(20)
-    return model
 
 
 @pytest.mark.parametrize('name,options,dynamo', [
@@ -25,7 +15,7 @@ def make(name, **kwargs):
 def test_onnx(name, options, dynamo, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed (extra dev)')
     pytest.importorskip('onnxscript', reason='onnxscript is not installed (extra dev)')
-    model = make(name, exportable=True, **options)
+    model = make(name, depth=2, exportable=True, **options)
     x = torch.randn(2, 3, 32, 32)
     model(x)  # a payload in the cache must not be frozen into the graph in another form
     torch.onnx.export(model, (x,), str(tmp_path / 'model.onnx'), dynamo=dynamo, input_names=['x'])
@@ -36,7 +26,7 @@ def test_onnx(name, options, dynamo, tmp_path):
 
 @pytest.mark.parametrize('name,options', CASES)
 def test_torchscript_and_fx_take_any_size(name, options, tmp_path):
-    model = make(name, **options)
+    model = make(name, depth=2, **options)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         scripted = torch.jit.script(model)

@@ -4,25 +4,15 @@ import re
 import pytest
 import timm
 import torch
+from tiny import TINY, make
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import timm_rope
 from timm_rope import RopeVisionTransformer
 
-TINY = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=5, init_values=1.0)
 ENCODINGS = timm_rope.list_ropes()
 NAMES = [f'vit_tiny_rope_{e}' for e in ENCODINGS] + ['vit_tiny_ape', 'vit_tiny_rope_mixed_ape']
-
-
-def make(name='vit_tiny_rope_mixed', **kwargs):
-    """A tiny model whose attention is not uniform, so that positions matter."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, **{**TINY, **kwargs}).eval()
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.qkv.weight.mul_(20)
-    return model
 
 
 # -- any resolution

@@ -82,10 +82,8 @@ class PairRotation(Rotation):
     def forward(self, x: Tensor, payload: Tensor) -> Tensor:
         cos, sin = payload[..., :self.groups], payload[..., self.groups:]
         a, b = x[..., 0:self.rotated:2], x[..., 1:self.rotated:2]
-        out = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
-        if self.rotated < self.head_dim:
-            out = torch.cat((out, x[..., self.rotated:]), dim=-1)
-        return out
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+        return with_rest(turned, x, self.rotated, self.head_dim)
 
 
 class TripletRotation(Rotation):
@@ -121,10 +119,7 @@ class TripletRotation(Rotation):
             turned = a * sin_x + b * cos_x
             middle = turned * cos_y - c * sin_y
             last = turned * sin_y + c * cos_y
-        out = torch.stack((first, middle, last), dim=-1).flatten(-2).to(x.dtype)
-        if self.rotated < self.head_dim:
-            out = torch.cat((out, x[..., self.rotated:]), dim=-1)
-        return out
+        return with_rest(torch.stack((first, middle, last), dim=-1), x, self.rotated, self.head_dim)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, order={self.order}'
@@ -146,6 +141,14 @@ class BlockRotation(Rotation):
 
     def forward(self, x: Tensor, payload: Tensor) -> Tensor:
         return turn_blocks(x, payload, self.groups, self.size)
+
+
+def with_rest(groups: Tensor, x: Tensor, rotated: int, head_dim: int) -> Tensor:
+    """Turned groups (..., G, size) in the dtype of `x`, followed by the channels of `x` that belong to no group."""
+    out = groups.flatten(-2).to(x.dtype)
+    if rotated < head_dim:
+        out = torch.cat((out, x[..., rotated:]), dim=-1)
+    return out
 
 
 def cos_sin(position: Tensor, freqs: Tensor) -> Tuple[Tensor, Tensor]:
@@ -199,10 +202,7 @@ def _turn_blocks(x: Tensor, payload: Tensor, groups: int, size: int) -> Tensor:
     rotated = groups * size
     matrices = payload.unflatten(-1, [groups, size, size])
     blocks = x[..., :rotated].to(payload.dtype).unflatten(-1, [groups, size])
-    out = _matrix_times_vector(matrices, blocks).flatten(-2).to(x.dtype)
-    if rotated < x.shape[-1]:
-        out = torch.cat((out, x[..., rotated:]), dim=-1)
-    return out
+    return with_rest(_matrix_times_vector(matrices, blocks), x, rotated, x.shape[-1])
 
 
 def _matrix_times_vector(matrices: Tensor, vectors: Tensor) -> Tensor:

@@ -7,6 +7,7 @@
 Everything flows in that one direction as explicit arguments, so that patch dropout, gradient checkpointing and grids
 that change from batch to batch need no special case.
 """
+import copy
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
@@ -335,7 +336,8 @@ class RopeVisionTransformer(VisionTransformer):
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As torch's, but all is checked before anything is copied."""
         # only here is `strict` known: torch passes True to every `_load_from_state_dict`
-        prepare_state_dict(self, dict(state_dict), '', strict)
+        state_dict = copy.copy(state_dict)  # keeps torch's `_metadata`
+        prepare_state_dict(self, state_dict, '', strict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
