@@ -60,6 +60,25 @@ def blocks(head_dim, size, triangles_x, triangles_y, x, y):
     return matrix
 
 
+def spiral_angles(dim, options, grid, row, column):
+    """Angle of every pair: theta times the position along a turned axis, cut off at the border if clamped."""
+    quarter, turns = dim // 4, options['directions'] // 2
+    angles = []
+    for pair in range(2 * quarter):
+        theta = options['scale'] * options['temperature'] ** (-(pair % quarter) / quarter)
+        alpha = math.radians(90 * ((pair // 2) % turns) / turns)
+        middle = [(size - 1) / 2 if options['clamp'] else 0 for size in grid]
+        down, right = row - middle[0], column - middle[1]
+        if pair < quarter:
+            axis, position = 0, middle[0] + math.cos(alpha) * down + math.sin(alpha) * right
+        else:
+            axis, position = 1, middle[1] + math.cos(alpha) * right - math.sin(alpha) * down
+        if options['clamp']:
+            position = min(max(position, 0), grid[axis] - 1)
+        angles.append(theta * position)
+    return angles
+
+
 def rotations(rope, grid, layer, head):
     """(N, D, D) matrices of an encoding, from its name, options and learned values alone."""
     name, options, dim = rope.name, rope.options, rope.head_dim
@@ -92,6 +111,8 @@ def rotations(rope, grid, layer, head):
                 if learned is not None:
                     wx, wy = pick(learned[0]), pick(learned[1])
                 out.append(triplets(dim, [x * f for f in wx], [y * f for f in wy], options['order']))
+            elif name == 'spiral':
+                out.append(pairs(dim, spiral_angles(dim, options, grid, y, x)))
             elif name == 'liere':
                 size = options['block']
                 count = dim // size

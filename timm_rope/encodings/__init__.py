@@ -8,6 +8,7 @@ from .liere import LieRE as LieRE
 from .mixed import Mixed as Mixed
 from .spherical import Spherical as Spherical
 from .spherical import SphericalLearned as SphericalLearned
+from .spiral import Spiral as Spiral
 from .uniform import Uniform as Uniform
 
 
