@@ -1,0 +1,127 @@
+"""What a weight file holds, without running anything that is in it.
+
+Which format a file has is told from its first bytes, not from its name: a pickle called model.safetensors is treated
+as a pickle. Pickles go through torch's restricted unpickler, and there is no switch that turns it off.
+"""
+import argparse
+import pickle
+import pickletools
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Union
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+ZIP, PICKLE = b'PK\x03\x04', b'\x80'
+# torch.save writes this number first in the format it used up to torch 1.5
+LEGACY = pickle.dumps(0x1950a86a20f9469cfc6c, protocol=2)
+
+
+def read_weights(path: Union[str, Path]) -> Dict[str, Any]:
+    """Read a safetensors file or one that torch.save wrote.
+
+    Tensors are on the CPU. Those of safetensors and of torch's zip format are mapped from the file: they are read when
+    they are used, and writing to them leaves the file as it is. Beside tensors and plain Python values, a torch file
+    may hold argparse.Namespace, as the training checkpoints of DeiT and its forks do.
+
+    Args:
+        path: File; its name does not matter.
+
+    Returns:
+        What the file holds, nested as it was saved.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A directory, an empty, truncated or damaged file, no weight file, or no dictionary in it.
+        RuntimeError: The file asks for Python objects that could run code. Nothing of it was run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f'{path} is a directory, not a weight file: name a file in it.')
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no weight file {path}.')
+    with path.open('rb') as file:
+        head = file.read(64)
+    if head.startswith(ZIP):
+        # torch goes by the name, which is no reason to fail
+        out = _torch_load(path, mmap=path.suffix != '.safetensors')
+    elif head.startswith(PICKLE):
+        if not head.startswith(LEGACY):
+            raise _refusal(path, _named_globals(path))
+        out = _torch_load(path, mmap=False)
+    elif head[8:9] == b'{':
+        try:
+            out = load_file(path)
+        except (SafetensorError, ValueError) as e:
+            raise ValueError(f'{path} is a truncated or damaged safetensors file ({e}): get it again.') from e
+    else:
+        raise ValueError(f'{path} {_what_else(head)}')
+    if not isinstance(out, dict):
+        raise ValueError(f'{path} holds a {type(out).__name__}, expected a dictionary of tensors.')
+    return out
+
+
+def _torch_load(path: Path, mmap: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            if mmap:
+                return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            with path.open('rb') as file:
+                return torch.load(file, map_location='cpu', weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as e:  # a damaged pickle can fail in any way
+        # `from None`: torch's message advises to switch the protection off
+        asked = _blocked_globals(path, e) if isinstance(e, pickle.UnpicklingError) else []
+        if asked:
+            raise _refusal(path, asked) from None
+        if 'TorchScript' in str(e):
+            raise ValueError(f'{path} is a TorchScript archive: save the state_dict instead.') from None
+        reason = '' if isinstance(e, pickle.UnpicklingError) else f' ({type(e).__name__}: {str(e)[:200]})'
+        raise ValueError(f'{path} is truncated, damaged or no file of torch.save{reason}: get it again.') from None
+
+
+def _refusal(path: Path, asked: List[str]) -> RuntimeError:
+    return RuntimeError(
+        f'{path} is refused: it is a pickle that asks for {", ".join(asked) or "more than tensors"}, which could run '
+        f'any code. Nothing in it was run. Ask its author for safetensors, or for a plain dictionary of tensors.')
+
+
+def _blocked_globals(path: Path, error: Exception) -> List[str]:
+    """Names of what torch refused, all of them where the format lets them be listed without unpickling."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # legacy format, or opcodes torch does not know
+        names = []
+    return sorted(names) or re.findall(r'GLOBAL ([\w.]+)', str(error))[:1]
+
+
+def _named_globals(path: Path) -> List[str]:
+    """Names in a pickle that torch.save did not write, found by reading its opcodes."""
+    names, strings = set(), ['', '']
+    try:
+        with path.open('rb') as file:
+            for opcode, arg, _ in pickletools.genops(file):
+                if opcode.name in ('GLOBAL', 'INST'):
+                    names.add(str(arg).replace(' ', '.'))
+                elif opcode.name == 'STACK_GLOBAL':
+                    names.add('.'.join(strings[-2:]))
+                elif isinstance(arg, str):
+                    strings.append(arg)
+    except Exception:  # damaged; what was found so far is worth telling
+        pass
+    return sorted(names)
+
+
+def _what_else(head: bytes) -> str:
+    """Why a file with these first bytes holds no weights."""
+    if not head:
+        return 'is empty: get it again.'
+    if head.startswith(b'version https://git-lfs'):
+        return 'is a Git LFS pointer, not the file itself: run `git lfs pull`.'
+    if head.lstrip()[:1] == b'<':
+        return 'is a web page, not a weight file: it was probably saved in place of an error message.'
+    return f'is no weight file: expected safetensors or a file of torch.save, it begins with {head[:16]!r}.'
