@@ -16,7 +16,10 @@ ALLOWED = {
     'precision': set(),
     'signature': set(),
     'cache': set(),
+    'norms': {'checks'},
     'plugin': set(),
+    'weight_files': set(),
+    'hub': {'_version'},
     'frequencies': set(),
     'coordinates': {'precision'},
     'rotation': {'precision'},
@@ -24,20 +27,40 @@ ALLOWED = {
     'encodings': {'encoding', 'frequencies', 'rotation', 'checks'},
     'attention': {'rotation'},
     'patch_embed': {'checks'},
-    'checkpoints': {'coordinates'},
-    'vit': {'attention', 'checkpoints', 'checks', 'encoding', 'encodings', 'patch_embed'},
-    'models': {'checkpoints', 'encoding', 'encodings', 'vit'},
+    'layouts': {'encodings', 'signature'},
+    'warm_start': {'layouts'},
+    'checkpoints': {'coordinates', 'layouts', 'signature', 'warm_start'},
+    'pretrained': {'checks', 'hub', 'layouts', 'weight_files'},
+    'vit': {'attention', 'checkpoints', 'checks', 'encoding', 'encodings', 'norms', 'patch_embed'},
+    'window_attention': {'encoding'},
+    'swin_checkpoints': {'encoding', 'layouts', 'signature'},
+    'swin': {
+        'checkpoints', 'checks', 'encoding', 'encodings', 'patch_embed', 'swin_checkpoints', 'window_attention'},
+    'saved_encoding': {'encoding', 'encodings', 'signature'},
+    'conversion': {'encoding', 'encodings', 'models', 'rotation', 'saved_encoding'},
+    'origin': {'hub', 'pretrained'},
+    'timm_models': set(),
+    'weight_shapes': {'layouts'},
+    'architecture': {'layouts', 'plugin', 'saved_encoding', 'timm_models', 'vit', 'weight_shapes'},
+    'weights_cfg': {'architecture', 'origin'},
+    'originals': {'layouts', 'norms'},
+    'model_card': {'_version'},
+    'hub_folder': set(),
+    'convert': {
+        'architecture', 'checkpoints', 'hub_folder', 'layouts', 'model_card', 'origin', 'originals', 'signature',
+        'weight_files', 'weights_cfg'},
+    'models': {'checkpoints', 'encoding', 'encodings', 'pretrained', 'swin', 'swin_checkpoints', 'vit'},
     'small_data': set(),
     'properties': {'encodings'},
     'demo': {'encodings', 'small_data'},
     'doctor': {'_version', 'catalog', 'plugin'},
     'catalog': {'models', 'encoding', 'plugin'},
     '__main__': {'catalog', 'demo', 'doctor', '_version'},
-    '__init__': {'plugin', '_version', 'encoding', 'encodings', 'vit'},
+    '__init__': {'conversion', 'plugin', '_version', 'encoding', 'encodings', 'swin', 'vit'},
 }
 FREE_OF_TIMM = [
     '__init__', '_version', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'frequencies', 'plugin',
-    'precision', 'properties', 'rotation', 'signature']
+    'hub', 'precision', 'properties', 'rotation', 'signature', 'weight_files']
 
 
 def unit_of(path):

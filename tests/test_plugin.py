@@ -13,7 +13,7 @@ from fresh_python import HIDE, our_warnings, run_python, write_timm
 
 from timm_rope import doctor, plugin
 
-ENCODINGS = ('axial', 'axial_learned', 'mixed', 'spherical', 'spherical_learned', 'uniform', 'liere')
+ENCODINGS = ('axial', 'axial_learned', 'mixed', 'spherical', 'spherical_learned', 'uniform', 'liere', 'spiral')
 SIZES = ('tiny', 'small', 'base', 'large')
 PROMISED = {
     *(f'vit_{size}_rope_{encoding}{ape}' for size in SIZES for encoding in ENCODINGS for ape in ('', '_ape')),
@@ -84,7 +84,7 @@ timm.create_model('vit_tiny_rope_mixed', device='meta')
 # -- with nothing but `import timm`
 
 def test_import_timm_brings_the_models(stock):
-    assert len(PROMISED) == 60
+    assert len(PROMISED) == 68
     assert PROMISED <= ours(stock['models'])
     assert stock['output'] == [1, 1000]
     assert 'timm_rope' not in stock['stderr']

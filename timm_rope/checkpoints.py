@@ -2,6 +2,7 @@
 
 `checkpoint_filter_fn` is timm's hook for pretrained weights, `prepare_state_dict` sees every `load_state_dict`.
 """
+import logging
 import math
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -10,32 +11,96 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor
 
 from .coordinates import to_grid
+from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise, signature
+from .signature import read_signature, signature_conflicts
+from .warm_start import take_over
+
+_logger = logging.getLogger(__name__)
 
 GRID = 'rope.reference_grid'
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: Any) -> Dict[str, Any]:
-    """Bring pretrained weights into our layout: ours, timm's VisionTransformer and DeiT-III, timm's rotary Eva.
+    """Bring pretrained weights of any known layout (`layouts/`) into that of the model.
 
     Raises:
-        RuntimeError: Nothing in the weights says that they rotate, and it makes a difference.
+        RuntimeError: They fit no layout, or hold another encoding, width or depth; says which.
     """
-    state_dict = state_dict.get('model', state_dict)
-    state_dict = dict(state_dict.get('state_dict', state_dict))
-    pos_embed = state_dict.pop('pos_embed', None)  # timm would resize it with antialias, from a guessed grid
-    out = vit_filter_fn(state_dict, model, adapt_layer_scale=True)
-    if pos_embed is not None:
-        out['pos_embed'] = pos_embed
-    rope = getattr(model, 'rope', None)
-    if rope is not None:
-        if rope.learned and 'rope.freqs' not in out:
-            raise RuntimeError(f'The checkpoint has no rope.freqs: it does not hold the rotary encoding {rope.name!r}.')
-        if rope.coords == 'index':
-            # NAVER's axial weights hold no trace of their encoding; the grid does not enter its function
-            _fill_reference_grid(model, out, '')
-        elif not any(key.startswith('rope.') for key in out):
-            raise RuntimeError(f'The checkpoint holds no rotary encoding, the model has {rope.name!r}.')
-    return out
+    return fit(recognise(state_dict), model)
+
+
+def to_our_keys(model: Any, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """The state dict itself, or converted if its keys are those of another project."""
+    layout = find_layout(state_dict)
+    foreign = layout is not None and not isinstance(layout, (Ours, TimmVit))
+    return fit(recognise(state_dict), model) if foreign else state_dict
+
+
+def fit(weights: Weights, model: Any, warm_start: bool = False) -> Dict[str, Tensor]:
+    """Weights as a state dict of the model, but for the head and the channels of the image, which timm adapts.
+
+    Args:
+        weights: Recognised weights.
+        model: Model of ours.
+        warm_start: Leave out the rotation where the encoding is another one, and whatever `take_over` says.
+
+    Raises:
+        RuntimeError: Another encoding, width or depth; lists the first keys that do not match.
+    """
+    tensors = dict(weights.tensors)
+    reason = _other_encoding(weights, tensors, model)
+    _fold_class_position(tensors, model)
+    pos_embed = tensors.pop('pos_embed', None)  # timm would resize it with antialias, from a guessed grid
+    tensors = vit_filter_fn(tensors, model, adapt_layer_scale=True)
+    if pos_embed is not None and (warm_start or model.pos_embed is not None or is_trained(pos_embed)):
+        tensors['pos_embed'] = pos_embed
+    if warm_start:
+        tensors = take_over(weights, tensors, model, rotation=not reason)
+    elif reason:
+        raise RuntimeError(
+            f'The checkpoint ({weights.layout}) {reason}: build the model with the encoding and options of the '
+            f'checkpoint, or say rope_warm_start=True to take over everything but the rotation.')
+    elif 'pos_embed' in tensors and model.pos_embed is None:
+        raise RuntimeError(
+            f"The checkpoint ({weights.layout}) has a trained position embedding, the model has none: use a model with "
+            f"one (pos_embed='learn', names that end in _ape), or say rope_warm_start=True to leave it out.")
+    if model.rope is not None:
+        if 'rope_share_layers' in weights.ask and model.rope.options.get('share_layers') and 'rope.freqs' in tensors:
+            tensors['rope.freqs'] = tensors['rope.freqs'][:, :1]
+        _fill_reference_grid(model, tensors, '')
+    _refuse_mismatches(
+        model, tensors, '', strict=True, adapted=('head.', 'pos_embed', 'patch_embed.proj.weight'),
+        layout=weights.layout)
+    return tensors
+
+
+def _other_encoding(weights: Weights, tensors: Dict[str, Tensor], model: Any) -> str:
+    """How the encoding of weights differs from the model's, or ''."""
+    name = 'none' if model.rope is None else model.rope.name
+    given = weights.encoding
+    if given is None and not any(key.startswith('rope.') for key in tensors):
+        if name == 'axial':
+            # NAVER's axial weights hold no trace of their encoding, which has these options
+            tensors['rope.signature'] = signature('axial')
+        given = name if name in ('none', 'axial') else 'none'
+    if given is not None and given != name:
+        return f'holds {_called(given)}, the model has {_called(name)}'
+    saved = read_signature(tensors.get('rope.signature'))
+    conflict = signature_conflicts(saved, model.rope.signature_of(model.rope.options)) if saved and model.rope else ''
+    return f'holds the rotary encoding {saved}: {conflict}' if conflict else ''
+
+
+def _called(encoding: str) -> str:
+    return 'no rotary encoding' if encoding == 'none' else f'the rotary encoding {encoding!r}'
+
+
+def _fold_class_position(tensors: Dict[str, Tensor], model: Any) -> None:
+    """A position embedding that starts with the class token's is split where the model embeds patches only."""
+    pos_embed, cls_token = tensors.get('pos_embed'), tensors.get('cls_token')
+    if model.no_embed_class and pos_embed is not None and cls_token is not None and pos_embed.ndim == 3:
+        if not _is_square(pos_embed.shape[1]) and _is_square(pos_embed.shape[1] - 1):
+            tensors['cls_token'] = cls_token + pos_embed[:, :1]
+            tensors['pos_embed'] = pos_embed[:, 1:]
 
 
 def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, strict: bool) -> None:
@@ -56,11 +121,17 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
         if f'{prefix}rope.freqs' in state_dict or f'{prefix}rope.signature' in state_dict:
             _fill_reference_grid(model, state_dict, prefix)
     _resize_pos_embed(model, state_dict, prefix)
-    reasons = _mismatches(model, state_dict, prefix, strict)
-    if reasons:
-        raise RuntimeError(
-            f'Error(s) in loading state_dict for {type(model).__name__}: {_explain(model, state_dict, prefix)}\n\t'
-            + '\n\t'.join(reasons[:8]) + (f'\n\t... and {len(reasons) - 8} more' if len(reasons) > 8 else ''))
+    _refuse_mismatches(model, state_dict, prefix, strict)
+
+
+def report_left(missing: List[str], unexpected: List[str]) -> None:
+    """Say which keys a load with strict=False left as they were, and which it did not use."""
+    if missing or unexpected:
+        # a head of another number of classes is what is usually meant
+        level = logging.INFO if all(key.startswith('head.') for key in missing + unexpected) else logging.WARNING
+        _logger.log(
+            level, f'Loaded with strict=False. Left as they were: {", ".join(missing) or "none"}. Not used: '
+            f'{", ".join(unexpected) or "none"}.')
 
 
 def _fill_reference_grid(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
@@ -98,18 +169,37 @@ def _pos_embed_grid(saved: Any, reference: Any, tokens: int) -> Optional[Tuple[i
             if grid[0] * grid[1] == tokens:
                 return grid
     side = math.isqrt(max(tokens, 0))
-    return (side, side) if side * side == tokens and side else None
+    return (side, side) if _is_square(tokens) else None
 
 
-def _mismatches(model: Any, state_dict: Dict[str, Any], prefix: str, strict: bool) -> List[str]:
-    expected = {f'{prefix}{k}': v for k, v in model.state_dict().items() if k != 'rope.signature'}
-    given = {k: v for k, v in state_dict.items() if k.startswith(prefix) and k != f'{prefix}rope.signature'}
-    missing = [f'missing {k} {_shape(v)}' for k, v in expected.items() if k not in given]
-    unexpected = [f'unexpected {k} {_shape(v)}' for k, v in given.items() if k not in expected]
-    shapes = [
+def _is_square(tokens: int) -> bool:
+    return tokens > 0 and math.isqrt(tokens) ** 2 == tokens
+
+
+def _refuse_mismatches(
+        model: Any,
+        state_dict: Dict[str, Any],
+        prefix: str,
+        strict: bool,
+        adapted: Tuple[str, ...] = (),
+        layout: str = '',
+) -> None:
+    """Raise with the first keys that do not match; `adapted` are beginnings of keys that may differ."""
+    ignored = (f'{prefix}rope.signature', *adapted)
+    expected = {f'{prefix}{k}': v for k, v in model.state_dict().items()}
+    expected = {k: v for k, v in expected.items() if not k.startswith(ignored)}
+    given = {k: v for k, v in state_dict.items() if k.startswith(prefix) and not k.startswith(ignored)}
+    reasons = [
         f'{k} is {_shape(given[k])}, the model needs {_shape(v)}' for k, v in expected.items()
         if k in given and _shape(given[k]) != _shape(v)]
-    return shapes + missing + unexpected if strict else shapes
+    if strict:
+        reasons += [f'missing {k} {_shape(v)}' for k, v in expected.items() if k not in given]
+        reasons += [f'unexpected {k} {_shape(v)}' for k, v in given.items() if k not in expected]
+    if reasons:
+        raise RuntimeError(
+            f'Error(s) in loading {layout or "state_dict"} for {type(model).__name__}: '
+            f'{_explain(model, state_dict, prefix)}\n\t' + '\n\t'.join(reasons[:8])
+            + (f'\n\t... and {len(reasons) - 8} more' if len(reasons) > 8 else ''))
 
 
 def _explain(model: Any, state_dict: Dict[str, Any], prefix: str) -> str:

@@ -25,6 +25,13 @@ def check_choice(value: Any, choices: Sequence[str], name: str) -> str:
     return value
 
 
+def check_flag(value: Any, name: str) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{name} must be True or False, got {value!r}.')
+    return value
+
+
 def check_group(head_dim: Any, size: int, encoding: str) -> int:
     """How many groups of `size` channels fit into a head; at least one must."""
     if check_integer(head_dim, 'head_dim') < size:

@@ -8,12 +8,13 @@ Shapes: L layers, H heads, G channel groups, N tokens, W payload width. An axis 
 from typing import Any, ClassVar, Dict, List, Set, Tuple, Type
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import PayloadCache
-from .checks import check_choice, check_integer, check_positive
+from .checks import check_choice, check_flag, check_integer, check_positive
 from .coordinates import COORDS, grid_axes, to_grid
-from .rotation import Rotation
+from .rotation import PairRotation, Rotation
 from .signature import format_signature, read_signature, signature_conflicts
 
 torch.fx.wrap('grid_axes')
@@ -35,7 +36,7 @@ class RotaryEncoding(nn.Module):
     dtype the model is cast to and outside autocast: in bfloat16 the positions of a 32 x 32 grid are off by 0.3 rad.
 
     A subclass defines `defaults`, `make_rotation` and `initial_freqs`, and where its frequencies are stored in another
-    form `freqs_shape` and `frequencies`.
+    form `freqs_shape`, `frequencies` and its inverse `freqs_for`.
 
     Args:
         head_dim: Channels per head.
@@ -100,9 +101,7 @@ class RotaryEncoding(nn.Module):
         self.coords: str = self.options['coords']
         self.rotation = self.make_rotation()
         self._initial_grid = to_grid(reference_grid, 'reference_grid')
-        # what only matters for initialisation, or shows in the shapes, is not compared with a checkpoint
-        ignored = {*SHARING, 'temperature'} if self.learned else set()
-        self._signature = format_signature(self.name, {k: v for k, v in self.options.items() if k not in ignored})
+        self._signature = self.signature_of(self.options)
         self._cache = PayloadCache()
 
         dtype = dtype or torch.get_default_dtype()
@@ -124,6 +123,14 @@ class RotaryEncoding(nn.Module):
         """The options the encoding takes, beside the sizes, with their defaults."""
         return {**cls.defaults, **(SHARING if cls.learned else {})}
 
+    @classmethod
+    def signature_of(cls, options: Dict[str, Any]) -> str:
+        """Text that is saved with weights of these options; those not given have their defaults."""
+        # what only matters for initialisation, or shows in the shapes, is not compared with a checkpoint
+        ignored = {*SHARING, 'temperature'} if cls.learned else set()
+        return format_signature(
+            cls.name, {k: v for k, v in {**cls.option_defaults(), **options}.items() if k not in ignored})
+
     def _checked(self, options: Dict[str, Any]) -> Dict[str, Any]:
         taken = self.option_defaults()
         for key in options:
@@ -136,8 +143,7 @@ class RotaryEncoding(nn.Module):
         if 'temperature' in options:
             check_positive(options['temperature'], 'temperature')
         for key in SHARING:
-            if not isinstance(options.get(key, False), bool):
-                raise ValueError(f'{key} must be True or False, got {options[key]!r}.')
+            check_flag(options.get(key, False), key)
         return options
 
     # -- what a subclass defines
@@ -157,6 +163,39 @@ class RotaryEncoding(nn.Module):
     def frequencies(self) -> Tensor:
         """Frequencies as the rotation takes them, x first; overridden where `freqs` is stored in a denser form."""
         return self.freqs
+
+    def freqs_for(self, frequencies: Tensor) -> Tensor:
+        """Inverse of `frequencies`, overridden with it.
+
+        Raises:
+            ValueError: `freqs` has no place for some of them; the message is a reason without a full stop.
+        """
+        return frequencies
+
+    # -- what `conversion.py` asks: which wave vectors the channel pairs (2k, 2k+1) turn by, counter-clockwise
+
+    def wave_vectors(self) -> Tensor:
+        """Wave vectors of the pairs, (2, L or 1, H or 1, P), x first, in radians per unit of coordinate.
+
+        Raises:
+            ValueError: The rotation is not described by wave vectors of pairs; the message is a reason.
+        """
+        if type(self.rotation) is not PairRotation:  # its subclasses turn by other angles
+            raise ValueError(f'{self._signature} does not turn each channel pair by one wave vector')
+        return self.frequencies()
+
+    def freqs_for_wave_vectors(self, vectors: Tensor) -> Tensor:
+        """What `freqs` must hold to turn the pairs by (2, L, H, P) wave vectors; pairs beyond P stay unrotated.
+
+        Raises:
+            ValueError: No `freqs` do; the message is a reason.
+        """
+        if type(self.rotation) is not PairRotation:
+            raise ValueError(f'{self.name!r} does not turn channel pairs')
+        groups = self.rotation.groups
+        if bool(vectors[..., groups:].any()):
+            raise ValueError(f'{self.name!r} leaves the pairs beyond the first {groups} of a head unrotated')
+        return self.freqs_for(F.pad(vectors[..., :groups], [0, max(0, groups - vectors.shape[-1])]))
 
     # -- initialisation and dtype
 

@@ -11,7 +11,7 @@ from torch import Tensor
 def format_signature(name: str, options: Dict[str, Any]) -> str:
     """Text of a name and its options; numbers without trailing zeros, so that 100 and 100.0 agree."""
     items = ','.join(
-        f'{key}={format(value, ".12g") if isinstance(value, (int, float)) else value}'
+        f'{key}={format(value, ".12g") if isinstance(value, (int, float)) and not isinstance(value, bool) else value}'
         for key, value in sorted(options.items()))
     return f'{name}({items})'
 

@@ -20,10 +20,11 @@ from torch.jit import Final
 
 from .attention import RopeBlock
 from .checkpoints import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
-from .checkpoints import prepare_state_dict
+from .checkpoints import prepare_state_dict, report_left, to_our_keys
 from .checks import check_choice, check_integer
 from .encoding import RotaryEncoding, keep_tokens
 from .encodings import create_rope
+from .norms import get_norm
 from .patch_embed import GridPatchEmbed, to_image_size, to_size
 
 torch.fx.wrap('keep_tokens')
@@ -53,6 +54,9 @@ class RopeVisionTransformer(VisionTransformer):
         patch_drop_rate: Share of the patches dropped in training; the kept ones keep their positions.
         drop_path_rate: Stochastic depth of the last block.
         drop_path_uniform: Give every block the full rate, as DeiT-III and NAVER's RoPE-ViT, instead of timm's ramp.
+        norm_layer: 'spiral_rms' (the norm of Spiral RoPE's published weights), or a name or class for timm; None is
+            timm's LayerNorm.
+        norm_eps: Epsilon of all these norms; None keeps theirs (timm's LayerNorm: 1e-6).
         weight_init: timm's schemes, or 'naver': truncated normal of 0.02 for the class token too.
         device: Device of all tensors.
         dtype: Dtype of all tensors but the encoding's, which stay float32 or float64.
@@ -63,6 +67,7 @@ class RopeVisionTransformer(VisionTransformer):
         ValueError: A size or option that cannot work; names the argument and what would be right.
         TypeError: An argument that neither timm nor any encoding knows.
     """
+    __jit_unused_properties__ = ['_model_args']
     drop_patches: Final[bool]
     pos_embed_grid: Tensor
 
@@ -81,6 +86,8 @@ class RopeVisionTransformer(VisionTransformer):
             patch_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             drop_path_uniform: bool = False,
+            norm_layer: Any = None,
+            norm_eps: Optional[float] = None,
             weight_init: str = '',
             device=None,
             dtype=None,
@@ -91,6 +98,7 @@ class RopeVisionTransformer(VisionTransformer):
                 raise TypeError(f'{name} is set by RopeVisionTransformer and cannot be given.')
         check_choice(weight_init, WEIGHT_INITS, 'weight_init')
         check_choice(pos_embed, ('learn', 'none', ''), 'pos_embed')
+        norm_layer = get_norm(norm_layer, norm_eps)
         check_integer(depth, 'depth')
         if check_integer(embed_dim, 'embed_dim') % check_integer(num_heads, 'num_heads'):
             raise ValueError(f'embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}.')
@@ -115,8 +123,8 @@ class RopeVisionTransformer(VisionTransformer):
         super().__init__(
             img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
             pos_embed=pos_embed, no_embed_class=no_embed_class, dynamic_img_size=dynamic_img_size,
-            dynamic_img_pad=dynamic_img_pad, drop_path_rate=drop_path_rate, weight_init='skip', device=device,
-            dtype=dtype, block_fn=block, **kwargs)  # type: ignore[arg-type]  # timm only calls block_fn
+            dynamic_img_pad=dynamic_img_pad, drop_path_rate=drop_path_rate, norm_layer=norm_layer, weight_init='skip',
+            device=device, dtype=dtype, block_fn=block, **kwargs)  # type: ignore[arg-type]  # timm only calls block_fn
 
         self.drop_patches = patch_drop_rate > 0
         if self.drop_patches:
@@ -134,6 +142,15 @@ class RopeVisionTransformer(VisionTransformer):
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init  # type: ignore[assignment]
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
+
+    @property
+    def _model_args(self) -> Dict[str, Any]:
+        """Constructor arguments that timm saves with the weights: not how they were once started."""
+        return self.__dict__.get('_saved_model_args', {})
+
+    @_model_args.setter
+    def _model_args(self, args: Dict[str, Any]) -> None:
+        self.__dict__['_saved_model_args'] = {k: v for k, v in args.items() if k != 'rope_warm_start'}
 
     # -- initialisation, training
 
@@ -336,9 +353,11 @@ class RopeVisionTransformer(VisionTransformer):
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As torch's, but all is checked before anything is copied."""
         # only here is `strict` known: torch passes True to every `_load_from_state_dict`
-        state_dict = copy.copy(state_dict)  # keeps torch's `_metadata`
+        state_dict = copy.copy(to_our_keys(self, state_dict))  # keeps torch's `_metadata`
         prepare_state_dict(self, state_dict, '', strict)
-        return super().load_state_dict(state_dict, strict, assign)
+        result = super().load_state_dict(state_dict, strict, assign)
+        report_left(result.missing_keys, result.unexpected_keys)
+        return result
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         prepare_state_dict(self, state_dict, prefix, strict=False)

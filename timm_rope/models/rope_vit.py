@@ -6,11 +6,12 @@ can find and help() can show. A new encoding gets its models from the registry.
 timm's import runs this module, and may itself be run by the first line of one of ours that needs timm (vit,
 attention, checkpoints): such a module is half loaded then, so it is only imported here when a model is built.
 """
+import itertools
 import sys
 from typing import TYPE_CHECKING, Any, Callable, Dict, List
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
 from ..encoding import ENCODINGS
 from ..encodings import list_ropes
@@ -62,22 +63,50 @@ def _model_args() -> Dict[str, Dict[str, Any]]:
 
 MODEL_ARGS = _model_args()
 
-default_cfgs = generate_default_cfgs({f'{name}.untrained': _cfg() for name in MODEL_ARGS})
+NAVER = dict(
+    origin_url='https://github.com/naver-ai/rope-vit',
+    paper_name='Rotary Position Embedding for Vision Transformer',
+    paper_ids='arXiv:2403.13298',
+)
+SPIRAL = dict(
+    hf_hub_id='haoyuliu00/Spiral_RoPE',
+    license='mit',  # as their README says; there is no licence file
+    origin_url='https://github.com/huajianduzhuo-code/Spiral_RoPE',
+    paper_name='Spiral RoPE: Rotate Your Rotary Positional Embeddings in the 2D Plane',
+    paper_ids='arXiv:2602.03227',
+)
+
+
+def _published() -> Dict[str, Dict[str, Any]]:
+    """Model name with tag -> cfg of published weights. All are evaluated without a margin (crop_pct 1.0)."""
+    cfgs = {}
+    for size in ('small', 'base', 'large'):
+        for encoding, ape in itertools.product(('axial', 'mixed'), ('', '_ape')):
+            theirs = f'rope{"_mixed" if encoding == "mixed" else ""}{ape}'
+            cfgs[f'vit_{size}_rope_{encoding}{ape}.naver_in1k'] = _cfg(
+                hf_hub_id=f'timm/vit_{size}_patch16_{theirs}_224.naver_in1k', **NAVER)
+        # timm hosts no copy of the baseline; the card of the original names another licence
+        cfgs[f'vit_{size}_ape.naver_in1k'] = _cfg(
+            hf_hub_id=f'naver-ai/deit_{size}_patch16_LS', **NAVER, license='bsd-3-clause')
+        cfgs[f'vit_{size}_rope_spiral.spiral_in1k'] = _cfg(
+            hf_hub_filename=f'deit_{size}_patch16_LS_rms_rope/checkpoint.pth', **SPIRAL)
+    return cfgs
+
+
+PUBLISHED = _published()
+
+default_cfgs = generate_default_cfgs({
+    **PUBLISHED, **{f'{name}.untrained': _cfg() for name in MODEL_ARGS if not any(
+        tagged.startswith(f'{name}.') for tagged in PUBLISHED)}})
 
 
 def _create(name: str, pretrained: bool = False, **kwargs: Any) -> 'RopeVisionTransformer':
-    from ..checkpoints import checkpoint_filter_fn
+    from ..checkpoints import fit
+    from ..pretrained import build
     from ..vit import RopeVisionTransformer
 
-    out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
-        RopeVisionTransformer,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **dict(MODEL_ARGS[name], **kwargs),
-    )
+    feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
+    return build(RopeVisionTransformer, fit, name, MODEL_ARGS[name], feature_cfg, pretrained, **kwargs)
 
 
 def _define(name: str) -> Callable[..., 'RopeVisionTransformer']:

@@ -1,0 +1,54 @@
+"""The one place that understands how others name their weights."""
+import logging
+from typing import Any, Dict, List, Optional
+
+from .base import Layout as Layout
+from .base import Weights as Weights
+from .base import first, unwrap
+from .base import signature as signature
+from .liere import LieREVit
+from .naver import NaverSwin, NaverVit, TimmEva
+from .naver import is_trained as is_trained
+from .spiral import SpiralDeit
+from .timm_vit import Ours as Ours
+from .timm_vit import TimmVit as TimmVit
+
+_logger = logging.getLogger(__name__)
+
+LAYOUTS: List[Layout] = [Ours(), TimmEva(), NaverVit(), NaverSwin(), SpiralDeit(), LieREVit(), TimmVit()]
+
+
+def find_layout(tensors: Dict[str, Any]) -> Optional[Layout]:
+    """The layout whose keys these are."""
+    return next((layout for layout in LAYOUTS if not layout.differences(tensors)), None)
+
+
+def recognise(checkpoint: Any) -> Weights:
+    """Say what a checkpoint is and bring it into our keys. Tensors are shared, not copied, where they keep their shape.
+
+    Args:
+        checkpoint: State dict of any known layout, or what a trainer saved around one.
+
+    Returns:
+        The weights, what they are, and what was left out.
+
+    Raises:
+        RuntimeError: It fits no layout; lists how it differs from the nearest ones.
+    """
+    tensors, average, extra = unwrap(checkpoint)
+    layout = find_layout(tensors)
+    if layout is None:
+        differences = {other.name: other.differences(tensors) for other in LAYOUTS}
+        fewest = min(map(len, differences.values()))
+        nearest = '; '.join(f'{name} ({first(d)})' for name, d in differences.items() if len(d) == fewest)
+        raise RuntimeError(
+            f'The checkpoint fits none of the known layouts ({", ".join(differences)}). Nearest: {nearest}. It has '
+            f'{len(tensors)} tensors: {first(sorted(tensors))}.')
+    if average:
+        used = 'averaged (EMA)' if layout.prefer_average else 'raw'
+        _logger.info(f'{layout.name} checkpoint with raw and averaged weights: the {used} ones are used.')
+        tensors = average if layout.prefer_average else tensors
+    weights = layout.convert(tensors, extra)
+    if weights.left_out:
+        _logger.info(f'{layout.name} checkpoint: left out {first(sorted(weights.left_out))}.')
+    return weights
