@@ -59,3 +59,11 @@ class AxialLearned(Axial, name='axial_learned'):
         half = self.rotation.groups // 2
         x, y = self.freqs[0, ..., :half], self.freqs[0, ..., half:]
         return torch.stack((torch.cat((x, torch.zeros_like(y)), -1), torch.cat((torch.zeros_like(x), y), -1)))
+
+    def freqs_for(self, frequencies: Tensor) -> Tensor:
+        half = self.rotation.groups // 2
+        if bool(frequencies[1, ..., :half].any()) or bool(frequencies[0, ..., half:].any()):
+            raise ValueError(
+                f'{self.name!r} turns the first {half} pairs of a head with x alone and the next {half} with y alone, '
+                f'and these wave vectors are oblique or in other places')
+        return torch.cat((frequencies[0, ..., :half], frequencies[1, ..., half:]), -1).unsqueeze(0)
