@@ -37,18 +37,10 @@ ALLOWED = {
     'swin': {
         'checkpoints', 'checks', 'encoding', 'encodings', 'patch_embed', 'swin_checkpoints', 'window_attention'},
     'saved_encoding': {'encoding', 'encodings', 'signature'},
-    'conversion': {'encoding', 'encodings', 'models', 'rotation', 'saved_encoding'},
-    'origin': {'hub', 'pretrained'},
-    'timm_models': set(),
-    'weight_shapes': {'layouts'},
-    'architecture': {'layouts', 'plugin', 'saved_encoding', 'timm_models', 'vit', 'weight_shapes'},
-    'weights_cfg': {'architecture', 'origin'},
-    'originals': {'layouts', 'norms'},
-    'model_card': {'_version'},
-    'hub_folder': set(),
+    'reparametrize': {'encoding', 'encodings', 'models', 'rotation', 'saved_encoding'},
     'convert': {
-        'architecture', 'checkpoints', 'hub_folder', 'layouts', 'model_card', 'origin', 'originals', 'signature',
-        'weight_files', 'weights_cfg'},
+        '_version', 'checkpoints', 'encoding', 'hub', 'layouts', 'norms', 'plugin', 'pretrained', 'saved_encoding',
+        'swin_checkpoints', 'vit', 'weight_files'},
     'models': {'checkpoints', 'encoding', 'encodings', 'pretrained', 'swin', 'swin_checkpoints', 'vit'},
     'small_data': set(),
     'properties': {'encodings'},
@@ -56,7 +48,7 @@ ALLOWED = {
     'doctor': {'_version', 'catalog', 'plugin'},
     'catalog': {'models', 'encoding', 'plugin'},
     '__main__': {'catalog', 'demo', 'doctor', '_version'},
-    '__init__': {'conversion', 'plugin', '_version', 'encoding', 'encodings', 'swin', 'vit'},
+    '__init__': {'reparametrize', 'plugin', '_version', 'encoding', 'encodings', 'swin', 'vit'},
 }
 FREE_OF_TIMM = [
     '__init__', '_version', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'frequencies', 'plugin',

@@ -197,6 +197,12 @@ def test_timms_own_models():
         assert (weights.layout, weights.encoding) == ('timm VisionTransformer', 'none')
 
 
+def test_evas_with_other_coordinates_are_not_taken_for_axial():
+    eva = timm.create_model('vit_small_patch16_rope_224', num_reg_tokens=1, **{**SIZES, 'depth': 1})
+    with pytest.raises(RuntimeError, match=r'NAVER RoPE-ViT \(unexpected reg_token'):
+        recognise(eva.state_dict())
+
+
 def test_raw_or_averaged_weights_as_their_authors_report_them(caplog):
     raw, average = foreign.naver_vit(seed=1)['model'], foreign.naver_vit(seed=2)['model']
     with caplog.at_level(logging.INFO, 'timm_rope'):

@@ -35,4 +35,4 @@ def test_the_table_of_weights_has_every_tag():
         structure = dict(norm_layer='spiral_rms', pos_embed='learn') if 'spiral' in name else {}
         model = timm.create_model(name, device='meta', **structure)
         assert row.startswith(f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M |'), name
-        assert 'spiral' in name or f'`{cfg.hf_hub_id}`' in row and cfg.license in row, name
+        assert 'spiral' in name or (f'`{cfg.hf_hub_id}`' in row and cfg.license in row), name

@@ -265,3 +265,13 @@ def test_repository_names_stay_on_the_hub(hub, tmp_path, repo_id):
     with pytest.raises(ValueError, match='repo_id'):
         create(pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=repo_id))
     assert not hub.requests and not (tmp_path / 'cache').exists()
+
+
+def test_a_safetensors_file_that_begins_like_a_pickle_is_none(tmp_path):
+    path, tensor = tmp_path / 'model.safetensors', torch.arange(3.)
+    for padding in range(300):
+        save_file({'weight': tensor}, path, metadata={'note': 'x' * padding})
+        if path.read_bytes()[:1] == b'\x80':  # a header of 128, 384, ... bytes
+            assert torch.equal(read_weights(path)['weight'], tensor)
+            return
+    raise AssertionError('no padding gave such a header')

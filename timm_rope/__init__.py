@@ -10,16 +10,16 @@ from . import plugin as _plugin
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .conversion import convert_encoding as convert_encoding
     from .encoding import RotaryEncoding as RotaryEncoding
     from .encodings import create_rope as create_rope
     from .encodings import list_ropes as list_ropes
+    from .reparametrize import convert_encoding as convert_encoding
     from .swin import RopeSwinTransformer as RopeSwinTransformer
     from .vit import RopeVisionTransformer as RopeVisionTransformer
 
 _LAZY = {
     'RotaryEncoding': '.encoding',
-    'convert_encoding': '.conversion',
+    'convert_encoding': '.reparametrize',
     'create_rope': '.encodings',
     'list_ropes': '.encodings',
     'RopeSwinTransformer': '.swin',

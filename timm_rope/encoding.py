@@ -172,7 +172,7 @@ class RotaryEncoding(nn.Module):
         """
         return frequencies
 
-    # -- what `conversion.py` asks: which wave vectors the channel pairs (2k, 2k+1) turn by, counter-clockwise
+    # -- what `reparametrize.py` asks: which wave vectors the channel pairs (2k, 2k+1) turn by, counter-clockwise
 
     def wave_vectors(self) -> Tensor:
         """Wave vectors of the pairs, (2, L or 1, H or 1, P), x first, in radians per unit of coordinate.

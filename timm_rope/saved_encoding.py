@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .encoding import ENCODINGS, SHARING, RotaryEncoding
 from .encodings import create_rope, list_ropes
-from .signature import _parse as parse_signature
-from .signature import read_signature
+from .signature import parse_signature, read_signature
 
 
 def encoding_prefix(state_dict: Dict[str, Any]) -> str:

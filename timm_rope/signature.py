@@ -21,12 +21,12 @@ def read_signature(value: Any) -> Optional[str]:
     if not isinstance(value, Tensor) or value.is_meta:
         return None
     text = bytes(value.detach().cpu().tolist()).decode('ascii', errors='replace')
-    return text if _parse(text) is not None else None
+    return text if parse_signature(text) is not None else None
 
 
 def signature_conflicts(saved: str, current: str) -> str:
     """Why two signatures describe different functions, or ''. Options that only one of them names do not count."""
-    saved_parts, current_parts = _parse(saved), _parse(current)
+    saved_parts, current_parts = parse_signature(saved), parse_signature(current)
     if saved_parts is None or current_parts is None:
         return ''
     if saved_parts[0] != current_parts[0]:
@@ -37,7 +37,8 @@ def signature_conflicts(saved: str, current: str) -> str:
         for key, value in saved_parts[1].items() if ours.get(key, value) != value)
 
 
-def _parse(text: str) -> Optional[Tuple[str, Dict[str, str]]]:
+def parse_signature(text: str) -> Optional[Tuple[str, Dict[str, str]]]:
+    """Name and options of a signature, None if it is none."""
     match = re.fullmatch(r'(\w+)\(([^()]*)\)', text)
     if match is None:
         return None

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 ZIP, PICKLE = b'PK\x03\x04', b'\x80'
+# upper half of the length of a header, which may begin like a pickle, and the header's first character
+SAFETENSORS = b'\0\0\0\0{'
 # torch.save writes this number first in the format it used up to torch 1.5
 LEGACY = pickle.dumps(0x1950a86a20f9469cfc6c, protocol=2)
 
@@ -47,7 +49,7 @@ def read_weights(path: Union[str, Path]) -> Dict[str, Any]:
     if head.startswith(ZIP):
         # torch goes by the name, which is no reason to fail
         out = _torch_load(path, mmap=path.suffix != '.safetensors')
-    elif head.startswith(PICKLE):
+    elif head.startswith(PICKLE) and head[4:9] != SAFETENSORS:
         if not head.startswith(LEGACY):
             raise _refusal(path, _named_globals(path))
         out = _torch_load(path, mmap=False)

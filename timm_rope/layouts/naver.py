@@ -21,7 +21,9 @@ class NaverVit(Layout):
     prefer_average = False  # the accuracies they publish are those of the raw weights
 
     def differences(self, tensors: Dict[str, Tensor]) -> List[str]:
-        return super().differences(tensors) + [f'unexpected {key}' for key in tensors if key.startswith('rope.')]
+        # timm's Eva has models with the same keys and these, whose coordinates are others
+        foreign = [key for key in tensors if key.startswith(('rope.', 'reg_token', 'fc_norm.'))]
+        return super().differences(tensors) + [f'unexpected {key}' for key in foreign]
 
     def convert(self, tensors: Dict[str, Tensor], extra: Dict[str, Any]) -> Weights:
         left_out: Dict[str, str] = {key: TABLE for key in ('freqs_t_x', 'freqs_t_y') if key in tensors}

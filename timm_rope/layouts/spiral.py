@@ -47,7 +47,8 @@ class SpiralDeit(Layout):
         weights = Weights(
             self.name, out, encoding='spiral',
             model_args=dict(
-                norm_layer='spiral_rms', pos_embed='learn', img_size=side * patch,
+                num_heads=tensors['patch_embed.proj.weight'].shape[0] // (4 * groups), norm_layer='spiral_rms',
+                pos_embed='learn', img_size=side * patch,
                 **{f'rope_{k}': v for k, v in options.items()}),
             left_out=dict.fromkeys(buffers, 'frequencies, which the encoding computes'))
         out['rope.reference_grid'] = torch.tensor([side, side])

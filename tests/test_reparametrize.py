@@ -14,6 +14,7 @@ from torch import nn
 import timm_rope
 from timm_rope import convert_encoding
 from timm_rope.encoding import ENCODINGS
+from timm_rope.saved_encoding import read_encoding
 
 NAMES = timm_rope.list_ropes()
 LEARNED = [name for name in NAMES if ENCODINGS[name].learned]
@@ -416,6 +417,13 @@ def test_num_heads_is_read_where_the_shapes_tell_it(name, options, kwargs):
     assert all(torch.equal(v, got[k]) for k, v in converted.state_dict().items())
     with pytest.raises(ValueError, match=r'num_heads=3 does not fit the state dict of .*(freqs|q_norm)'):
         convert_encoding(model.state_dict(), target, num_heads=3)
+
+
+def test_what_sharing_would_not_change_is_not_called_shared():
+    for name, kwargs in (('mixed', dict(depth=1, num_heads=1, embed_dim=24)), ('spherical_learned', dict(depth=1))):
+        model = model_of(name, **kwargs)
+        rope = read_encoding(model.state_dict(), 'rope.', None)
+        assert repr(rope) == repr(model.rope) and torch.equal(rope.freqs, model.rope.freqs)
 
 
 def test_num_heads_is_asked_for_where_they_do_not():
