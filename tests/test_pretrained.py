@@ -134,6 +134,13 @@ def test_a_url_is_left_to_timm(tmp_path, monkeypatch):
     assert asked == [('https://example.org/weights.pth', True)]
 
 
+def test_a_format_of_its_own_is_left_to_the_model(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr('timm_rope.vit.RopeVisionTransformer.load_pretrained', lambda self, path: asked.append(path))
+    timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=cfg_of(file='a.npz', custom_load=True), **TINY)
+    assert asked == ['a.npz']
+
+
 def test_the_file_of_a_folder(tmp_path):
     def folder(*names):
         path = tmp_path / '_'.join(names or ['empty'])

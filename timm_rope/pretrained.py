@@ -111,6 +111,8 @@ class PretrainedSource:
         self.cfg, state_dict = _without_state_dict(name, pretrained_cfg, overlay)
         self.weights: Optional[Weights] = None
         self._verified: Optional[Future] = None
+        if self.cfg.get('custom_load'):
+            return  # a format of its own (.npz), for the model's `load_pretrained`
         path = self._find(cache_dir) if state_dict is None else None
         if state_dict is None and path is None:
             return  # a url, which timm downloads, or nothing, of which timm complains
