@@ -2,6 +2,7 @@
 
 `checkpoint_filter_fn` is timm's hook for pretrained weights, `prepare_state_dict` sees every `load_state_dict`.
 """
+import dataclasses
 import logging
 import math
 from typing import Any, Dict, List, Optional, Tuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .coordinates import to_grid
 from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise, signature
-from .signature import read_signature, signature_conflicts
+from .mismatches import other_encoding, refuse_mismatches, warm_start_hint
 from .warm_start import take_over
 
 _logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def fit(weights: Weights, model: Any, warm_start: bool = False) -> Dict[str, Ten
         RuntimeError: Another encoding, width or depth; lists the first keys that do not match.
     """
     tensors = dict(weights.tensors)
-    reason = _other_encoding(weights, tensors, model)
+    reason = _encoding_conflict(weights, tensors, model)
     _fold_class_position(tensors, model)
     pos_embed = tensors.pop('pos_embed', None)  # timm would resize it with antialias, from a guessed grid
     tensors = vit_filter_fn(tensors, model, adapt_layer_scale=True)
@@ -57,9 +58,7 @@ def fit(weights: Weights, model: Any, warm_start: bool = False) -> Dict[str, Ten
     if warm_start:
         tensors = take_over(weights, tensors, model, rotation=not reason)
     elif reason:
-        raise RuntimeError(
-            f'The checkpoint ({weights.layout}) {reason}: build the model with the encoding and options of the '
-            f'checkpoint, or say rope_warm_start=True to take over everything but the rotation.')
+        raise warm_start_hint(weights.layout, reason)
     elif 'pos_embed' in tensors and model.pos_embed is None:
         raise RuntimeError(
             f"The checkpoint ({weights.layout}) has a trained position embedding, the model has none: use a model with "
@@ -68,30 +67,21 @@ def fit(weights: Weights, model: Any, warm_start: bool = False) -> Dict[str, Ten
         if 'rope_share_layers' in weights.ask and model.rope.options.get('share_layers') and 'rope.freqs' in tensors:
             tensors['rope.freqs'] = tensors['rope.freqs'][:, :1]
         _fill_reference_grid(model, tensors, '')
-    _refuse_mismatches(
-        model, tensors, '', strict=True, adapted=('head.', 'pos_embed', 'patch_embed.proj.weight'),
-        layout=weights.layout)
+    refuse_mismatches(
+        model, tensors, '', True, lambda: _explain(model, tensors, ''),
+        adapted=('head.', 'pos_embed', 'patch_embed.proj.weight'), layout=weights.layout)
     return tensors
 
 
-def _other_encoding(weights: Weights, tensors: Dict[str, Tensor], model: Any) -> str:
-    """How the encoding of weights differs from the model's, or ''."""
+def _encoding_conflict(weights: Weights, tensors: Dict[str, Tensor], model: Any) -> str:
+    """How the encoding of weights differs from the model's, or ''; may say in `tensors` what it must be."""
     name = 'none' if model.rope is None else model.rope.name
-    given = weights.encoding
-    if given is None and not any(key.startswith('rope.') for key in tensors):
+    if weights.encoding is None and not any(key.startswith('rope.') for key in tensors):
+        # NAVER's axial weights and its baseline have the same keys, and no trace of their encoding
         if name == 'axial':
-            # NAVER's axial weights hold no trace of their encoding, which has these options
             tensors['rope.signature'] = signature('axial')
-        given = name if name in ('none', 'axial') else 'none'
-    if given is not None and given != name:
-        return f'holds {_called(given)}, the model has {_called(name)}'
-    saved = read_signature(tensors.get('rope.signature'))
-    conflict = signature_conflicts(saved, model.rope.signature_of(model.rope.options)) if saved and model.rope else ''
-    return f'holds the rotary encoding {saved}: {conflict}' if conflict else ''
-
-
-def _called(encoding: str) -> str:
-    return 'no rotary encoding' if encoding == 'none' else f'the rotary encoding {encoding!r}'
+        weights = dataclasses.replace(weights, encoding=name if name in ('none', 'axial') else 'none')
+    return other_encoding(weights, tensors, {} if model.rope is None else {'rope.': model.rope})
 
 
 def _fold_class_position(tensors: Dict[str, Tensor], model: Any) -> None:
@@ -121,7 +111,7 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
         if f'{prefix}rope.freqs' in state_dict or f'{prefix}rope.signature' in state_dict:
             _fill_reference_grid(model, state_dict, prefix)
     _resize_pos_embed(model, state_dict, prefix)
-    _refuse_mismatches(model, state_dict, prefix, strict)
+    refuse_mismatches(model, state_dict, prefix, strict, lambda: _explain(model, state_dict, prefix))
 
 
 def report_left(missing: List[str], unexpected: List[str]) -> None:
@@ -176,32 +166,6 @@ def _is_square(tokens: int) -> bool:
     return tokens > 0 and math.isqrt(tokens) ** 2 == tokens
 
 
-def _refuse_mismatches(
-        model: Any,
-        state_dict: Dict[str, Any],
-        prefix: str,
-        strict: bool,
-        adapted: Tuple[str, ...] = (),
-        layout: str = '',
-) -> None:
-    """Raise with the first keys that do not match; `adapted` are beginnings of keys that may differ."""
-    ignored = (f'{prefix}rope.signature', *adapted)
-    expected = {f'{prefix}{k}': v for k, v in model.state_dict().items()}
-    expected = {k: v for k, v in expected.items() if not k.startswith(ignored)}
-    given = {k: v for k, v in state_dict.items() if k.startswith(prefix) and not k.startswith(ignored)}
-    reasons = [
-        f'{k} is {_shape(given[k])}, the model needs {_shape(v)}' for k, v in expected.items()
-        if k in given and _shape(given[k]) != _shape(v)]
-    if strict:
-        reasons += [f'missing {k} {_shape(v)}' for k, v in expected.items() if k not in given]
-        reasons += [f'unexpected {k} {_shape(v)}' for k, v in given.items() if k not in expected]
-    if reasons:
-        raise RuntimeError(
-            f'Error(s) in loading {layout or "state_dict"} for {type(model).__name__}: '
-            f'{_explain(model, state_dict, prefix)}\n\t' + '\n\t'.join(reasons[:8])
-            + (f'\n\t... and {len(reasons) - 8} more' if len(reasons) > 8 else ''))
-
-
 def _explain(model: Any, state_dict: Dict[str, Any], prefix: str) -> str:
     """One sentence on what differs most: encoding, width or depth."""
     if model.rope is None and any(k.startswith(f'{prefix}rope.') for k in state_dict):
@@ -215,7 +179,3 @@ def _explain(model: Any, state_dict: Dict[str, Any], prefix: str) -> str:
     if len(blocks) != len(model.blocks):
         return f'the checkpoint has {len(blocks)} blocks, the model {len(model.blocks)}.'
     return 'the keys do not match.'
-
-
-def _shape(value: Any) -> Any:
-    return tuple(value.shape) if hasattr(value, 'shape') else type(value).__name__

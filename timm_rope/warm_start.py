@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from .layouts import Weights
+from .mismatches import names_of
 
 _logger = logging.getLogger(__name__)
-
-DESCRIPTIONS = ('rope.signature', 'pos_embed_grid')  # of tensors that are named themselves
 
 
 def take_over(weights: Weights, tensors: Dict[str, Tensor], model: Any, rotation: bool) -> Dict[str, Tensor]:
@@ -40,8 +39,8 @@ def take_over(weights: Weights, tensors: Dict[str, Tensor], model: Any, rotation
     if left_out or kept or changed:
         _logger.warning(
             f'Warm start of {type(model).__name__} from {weights.layout} weights with the encoding '
-            f'{weights.encoding or "axial or none"}. Not taken over: {_names(left_out)}. Left as initialised: '
-            f'{_names(kept)}. Filled in or folded, the function unchanged: {_names(changed)}.')
+            f'{weights.encoding or "axial or none"}. Not taken over: {names_of(left_out)}. Left as initialised: '
+            f'{names_of(kept)}. Filled in or folded, the function unchanged: {names_of(changed)}.')
     return out
 
 
@@ -65,16 +64,3 @@ def _fold(out: Dict[str, Tensor], expected: Dict[str, Tensor]) -> List[str]:
         if f'{layer}.bias' in out:
             out[f'{layer}.bias'] = gamma * out[f'{layer}.bias']
     return keys
-
-
-def _names(keys: List[str]) -> str:
-    """All keys, those of blocks that differ only in the number once."""
-    seen: Dict[str, None] = {}
-    for key in keys:
-        if key in DESCRIPTIONS:
-            continue
-        parts = key.split('.')
-        if parts[0] == 'blocks':
-            parts[1] = '*'
-        seen['.'.join(parts)] = None
-    return ', '.join(seen) or 'nothing'
