@@ -7,12 +7,13 @@
 
 Needs einops beside this package. Their models are built with random weights that make attention depend on position,
 saved as they save them, and loaded into ours by `timm.create_model(..., pretrained=True)` from that file. Prints the
-largest difference of logits; of Spiral, whose attention needs flash-attn on a GPU, that of rotated queries.
+largest difference of logits (ViT-S, Swin-T, a small LieRE); of Spiral, whose attention needs flash-attn on a GPU, that of rotated queries.
 """
 import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import sys
 import tempfile
 import types
@@ -75,7 +76,7 @@ def make_loud(model: nn.Module) -> nn.Module:
             parameter.mul_(3)
         elif name.endswith(('bias', 'cls_token', 'pos_embed')):
             parameter.normal_(std=0.3)
-        elif name == 'freqs':
+        elif name.endswith('freqs'):
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()
 
@@ -116,6 +117,21 @@ def compare_naver(folder: Path) -> None:
 
 
 @torch.no_grad()
+def compare_swin(folder: Path) -> None:
+    with imports_from(folder):
+        module = importlib.import_module('models.swin_transformer_rope')
+    for encoding, size in itertools.product(('axial', 'mixed'), (160, 224, 384)):
+        build = getattr(module, f'swin_rope_{encoding}_tiny_patch4_window7_224')
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter('ignore')
+            theirs = make_loud(build(img_size=size))
+        ours = load_ours(
+            f'swin_tiny_rope_{encoding}', {'model': theirs.state_dict()}, 1000, img_size=size, window_ratio=8)
+        x = torch.randn(1, 3, size, size)
+        report(f'NAVER swin_tiny_rope_{encoding}', (size, size), theirs(x), ours(x))
+
+
+@torch.no_grad()
 def compare_liere(folder: Path) -> None:
     sizes = dict(image_size=32, patch_size=4, num_classes=100, dim=384, depth=3, heads=6, mlp_dim=768)
     with imports_from(folder):
@@ -151,17 +167,19 @@ def compare_spiral(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    compare = dict(naver=compare_naver, liere=compare_liere, spiral=compare_spiral)
+    compare = dict(naver=(compare_naver, compare_swin), liere=(compare_liere,), spiral=(compare_spiral,))
     for name in compare:
         parser.add_argument(f'--{name}', type=Path, metavar='DIR', help='checkout of that repository')
     args = vars(parser.parse_args())
     if not any(args.values()):
         parser.error(f'name at least one checkout: {", ".join(f"--{name} DIR" for name in compare)}')
+    warnings.simplefilter('ignore', FutureWarning)  # of old names that their code uses
     print(f'torch {torch.__version__}, timm {timm.__version__}, float32, {torch.get_num_threads()} threads')
     for name, folder in args.items():
         if folder:
             torch.manual_seed(0)
-            compare[name](folder)
+            for one in compare[name]:
+                one(folder)
 
 
 if __name__ == '__main__':

@@ -157,8 +157,8 @@ def swin_state(mixed):
             if not mixed:
                 freqs[0, :, 8:] = freqs[1, :, :8] = 0
             name = '.'.join(parts).replace('qkv.weight', '')
-            out.update({f'{name}rope_freqs': freqs, f'{name}rope_t_x': torch.zeros(49),
-                        f'{name}rope_t_y': torch.zeros(49)})
+            tokens = torch.arange(5 * 7)
+            out.update({f'{name}rope_freqs': freqs, f'{name}rope_t_x': tokens % 7, f'{name}rope_t_y': tokens // 7})
     out['layers.0.blocks.0.attn_mask'] = torch.zeros(64, 49, 49)
     return {'model': out}, state
 
@@ -168,10 +168,15 @@ def test_naver_swin_becomes_timms_keys(mixed):
     checkpoint, timms = swin_state(mixed)
     weights = recognise(checkpoint)
     assert weights.layout == 'NAVER RoPE-Swin' and weights.encoding == ('mixed' if mixed else 'axial')
-    plain = {key: value for key, value in weights.tensors.items() if not key.endswith('rope_freqs')}
+    plain = {key: value for key, value in weights.tensors.items() if '.rope.' not in key}
     expected = {key: value for key, value in timms.items() if 'relative_position' not in key}
     assert plain.keys() == expected.keys() and all(torch.equal(plain[key], expected[key]) for key in plain)
-    assert sum(key.endswith('attn.rope_freqs') for key in weights.tensors) == 3
+    for block in ('layers.0.blocks.0', 'layers.1.blocks.0', 'layers.1.blocks.1'):
+        assert weights.tensors[f'{block}.attn.rope.reference_grid'].tolist() == [5, 7]
+        freqs = weights.tensors.get(f'{block}.attn.rope.freqs')
+        theirs = checkpoint['model'][f'{block}.attn.rope_freqs']
+        assert torch.equal(freqs[:, 0], theirs) if mixed else freqs is None
+    assert ('layers.0.blocks.0.attn.rope_freqs' in weights.left_out) == (not mixed)
     model = timm.create_model('vit_small_rope_mixed', **SIZES)
     with pytest.raises(RuntimeError, match='NAVER RoPE-Swin'):
         model.load_state_dict(checkpoint['model'])

@@ -18,6 +18,8 @@ SIZES = ('tiny', 'small', 'base', 'large')
 PROMISED = {
     *(f'vit_{size}_rope_{encoding}{ape}' for size in SIZES for encoding in ENCODINGS for ape in ('', '_ape')),
     *(f'vit_{size}_ape' for size in SIZES),
+    *(f'swin_{size}_rope_{encoding}{rpb}' for size in SIZES[:3] for encoding in ('axial', 'mixed')
+      for rpb in ('', '_rpb')),
 }
 ANY = 'vit_small_rope_spherical'
 
@@ -48,13 +50,14 @@ def stock(tmp_path_factory):
         import importlib.util, inspect, pickle, sys, torch
 
         model = timm.create_model('vit_small_rope_spherical')
-        rope_vit = sys.modules['timm_rope.models.rope_vit']
-        entrypoints = [timm.model_entrypoint(name) for name in timm.list_models(module='rope_vit')]
+        names = [name for module in ('rope_vit', 'rope_swin') for name in timm.list_models(module=module)]
+        entrypoints = [timm.model_entrypoint(name) for name in names]
+        modules = [sys.modules[f'timm_rope.models.{module}'] for module in ('rope_vit', 'rope_swin')]
         found = {
             'output': list(model.eval()(torch.zeros(1, 3, 224, 224)).shape),
-            'of_module': timm.list_models(module='rope_vit'),
-            'all': rope_vit.__all__,
-            'attributes': [e.__name__ for e in entrypoints if getattr(rope_vit, e.__name__) is e],
+            'of_module': names,
+            'all': [name for module in modules for name in module.__all__],
+            'attributes': [e.__name__ for e in entrypoints if getattr(sys.modules[e.__module__], e.__name__) is e],
             'pickled': [e.__name__ for e in entrypoints if pickle.loads(pickle.dumps(e)) is e],
             'documented': [e.__name__ for e in entrypoints if inspect.getdoc(e) and 'Args:' in e.__doc__],
             'loaders': [type(loader).__name__ for loader in (
@@ -84,7 +87,7 @@ timm.create_model('vit_tiny_rope_mixed', device='meta')
 # -- with nothing but `import timm`
 
 def test_import_timm_brings_the_models(stock):
-    assert len(PROMISED) == 68
+    assert len(PROMISED) == 80
     assert PROMISED <= ours(stock['models'])
     assert stock['output'] == [1, 1000]
     assert 'timm_rope' not in stock['stderr']

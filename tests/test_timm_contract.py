@@ -13,23 +13,27 @@ from timm_rope.checkpoints import checkpoint_filter_fn
 
 # `python tests/timm_contract.py --models 'vit_test_*'` runs the rest of them
 MODELS = [f'vit_test_rope_{name}' for name in list_ropes()] + ['vit_test_rope_mixed_ape', 'vit_test_ape']
+SWIN = 'swin_test_rope_mixed_rpb'
+TOO_SLOW = ('test_swin_family_compile_resize_guards', 'test_swin_family_script_after_resize')  # half of a Swin's time
 
 # of test_models.py: what timm asks of each registered model, without the download of weights
 PER_MODEL = {
-    'test_model_forward', 'test_model_backward', 'test_model_default_cfgs_non_std', 'test_model_forward_torchscript',
+    'test_model_forward', 'test_model_backward', 'test_model_forward_torchscript',
     'test_model_forward_intermediates_features', 'test_model_forward_intermediates',
     'test_prune_intermediate_layers_contract', 'test_model_forward_fx', 'test_model_backward_fx',
     'test_model_forward_fx_torchscript',
 }
-FUNCTIONS = 45  # of timm that a model runs
-RUNS = 69  # of these, counting their parameters
+CFG_TEST = {'vit': 'test_model_default_cfgs_non_std', 'swin': 'test_model_default_cfgs'}
+FUNCTIONS = {'vit': 45, 'swin': 37}  # of timm that a model runs
+RUNS = {'vit': 69, 'swin': 49}  # of these, counting their parameters
 
 
 @pytest.fixture(scope='module')
 def report():
     """All outcomes of one pytest run; what it printed is shown with the first failure."""
     try:
-        outcomes, status, output = timm_contract.run(MODELS, quiet=True)
+        outcomes, status, output = timm_contract.run(
+            [*MODELS, SWIN], ' and '.join(f'not {test}' for test in TOO_SLOW), quiet=True)
     except timm_contract.TestsUnavailable as error:
         pytest.skip(str(error))
     print(output)
@@ -38,16 +42,17 @@ def report():
     return outcomes
 
 
-@pytest.mark.parametrize('model', MODELS)
+@pytest.mark.parametrize('model', [*MODELS, SWIN])
 def test_contract(report, model):
     outcomes = [outcome for outcome in report if outcome.model == model]
     failed = [f'{outcome.name}: {outcome.message}' for outcome in outcomes if outcome.result == 'failed']
     assert not failed, '\n'.join(failed)
     # nothing may pass by not being run
     results = Counter(outcome.result for outcome in outcomes)
-    assert results['skipped'] == 0 and results['passed'] >= RUNS, results
-    functions = {outcome.test for outcome in outcomes}
-    assert len(functions) >= FUNCTIONS and not PER_MODEL - functions, PER_MODEL - functions
+    family = model.split('_')[0]
+    assert results['skipped'] == 0 and results['passed'] >= RUNS[family], results
+    functions, needed = {outcome.test for outcome in outcomes}, PER_MODEL | {CFG_TEST[family]}
+    assert len(functions) >= FUNCTIONS[family] and not needed - functions, needed - functions
 
 
 # -- timm's tests of these need feature maps with two axes, or buffers of the model's dtype

@@ -1,6 +1,7 @@
 """Run timm's own tests on our models.
 
-    python tests/timm_contract.py                           # vit_tiny_rope_<encoding>[_ape] and vit_tiny_ape
+    python tests/timm_contract.py                           # every model of the size tiny
+    python tests/timm_contract.py --models 'swin_tiny_rope_*'
     python tests/timm_contract.py --models 'vit_test_*'     # small models of the same code, minutes instead of an hour
     python tests/timm_contract.py --full                    # every model of the package
     python tests/timm_contract.py -k 'prune or roundtrip'   # as pytest's -k
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 TEST_FILES = ('test_models.py', 'test_model_input.py', 'test_utils.py', 'test_checkpoint_loading.py')
-DEFAULT = ['vit_tiny_*']
+DEFAULT = ['vit_tiny_*', 'swin_tiny_*']
 
 
 class TestsUnavailable(RuntimeError):
@@ -114,9 +115,9 @@ def match(patterns: List[str]) -> List[str]:
     import timm
     from timm_contract_plugin import STAND_INS
 
-    from timm_rope.models.rope_vit import MODEL_ARGS
+    from timm_rope.models import rope_swin, rope_vit
 
-    ours = [name for name in MODEL_ARGS if name not in STAND_INS]
+    ours = [name for name in (*rope_vit.MODEL_ARGS, *rope_swin.MODEL_ARGS) if name not in STAND_INS]
     found: List[str] = []
     for pattern in patterns:
         names: List[str] = []
@@ -148,7 +149,7 @@ def run(models: List[str], keyword: str = '', quiet: bool = False) -> Tuple[List
         path = os.pathsep.join([str(here), str(here.parent), os.environ.get('PYTHONPATH', '')])
         env = dict(os.environ, PYTHONPATH=path.rstrip(os.pathsep), TIMM_ROPE_CONTRACT_MODELS=' '.join(models))
         env.pop('GITHUB_ACTIONS', None)  # timm runs fewer tests there
-        if all(model.startswith('vit_test_') for model in models):
+        if all(model.startswith(('vit_test_', 'swin_test_')) for model in models):
             env.setdefault('OMP_NUM_THREADS', '1')  # too small to gain from more
         command = [
             sys.executable, '-m', 'pytest', '-p', 'timm_contract_plugin', '-p', 'no:cacheprovider', '--rootdir', temp,

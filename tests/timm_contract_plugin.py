@@ -11,7 +11,8 @@ Everything that is not about a model under test is deselected. The models are na
 TIMM_ROPE_CONTRACT_MODELS, separated by spaces.
 
 `vit_test_rope_<encoding>[_ape]` and `vit_test_ape` are made here from the table of the real models: small, and not
-square, so that rows cannot be taken for columns.
+square, so that rows cannot be taken for columns. `swin_test_rope_<encoding>[_rpb]` are Swin models for 128 pixels in
+windows of 4 patches, a 32nd as in the real ones, which timm's tests of the Swin family take for granted.
 """
 import functools
 import os
@@ -22,7 +23,8 @@ import pytest
 import timm
 from timm.models import generate_default_cfgs, register_model
 
-from timm_rope.models import rope_vit
+from timm_rope.encodings import list_ropes
+from timm_rope.models import rope_swin, rope_vit
 
 # -- small models, built by the code of the real ones
 
@@ -31,12 +33,19 @@ for _name, _args in rope_vit._model_args().items():
     if _name.startswith('vit_test_'):
         # with the real LayerScale of 1e-4 the attention would be too small to be missed in any comparison
         rope_vit.MODEL_ARGS[_name] = dict(_args, patch_size=8, init_values=0.5)
-STAND_INS = [name for name in rope_vit.MODEL_ARGS if name.startswith('vit_test_')]
+for _encoding in list_ropes():
+    for _bias in (False, True):
+        rope_swin.MODEL_ARGS[f'swin_test_rope_{_encoding}{"_rpb" if _bias else ""}'] = dict(
+            embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), patch_size=4, window_size=4,
+            rope_encoding=_encoding, rel_pos_bias=_bias)
+STAND_INS = [
+    name for name in (*rope_vit.MODEL_ARGS, *rope_swin.MODEL_ARGS) if name.startswith(('vit_test_', 'swin_test_'))]
 
-default_cfgs = generate_default_cfgs(
-    {f'{name}.untrained': rope_vit._cfg(input_size=(3, 32, 48)) for name in STAND_INS})
+default_cfgs = generate_default_cfgs({f'{name}.untrained': (
+    rope_swin._cfg(input_size=(3, 128, 128), pool_size=(4, 4)) if name.startswith('swin_')
+    else rope_vit._cfg(input_size=(3, 32, 48))) for name in STAND_INS})
 for _name in STAND_INS:
-    _entrypoint = rope_vit._define(_name)
+    _entrypoint = (rope_swin if _name.startswith('swin_') else rope_vit)._define(_name)
     _entrypoint.__module__ = __name__  # where timm looks for default_cfgs
     setattr(sys.modules[__name__], _name, register_model(_entrypoint))
 
@@ -47,8 +56,10 @@ MODELS = os.environ.get('TIMM_ROPE_CONTRACT_MODELS', '').split() or STAND_INS
 
 SMALL = dict(embed_dim=32, depth=1, num_heads=2)
 
-# test -> (names of the parameters, values for one model); other marks of the test stay
-REPARAMETRISED: Dict[str, Tuple[str, Callable[[str], List[Any]]]] = {
+Values = Dict[str, Tuple[str, Callable[[str], List[Any]]]]
+
+# test -> (names of the parameters, values for one ViT); other marks of the test stay
+REPARAMETRISED: Values = {
     # features
     'test_model_forward_features': ('model_name', lambda m: [m]),
     'test_features_only_feature_cls_class': ('model_name', lambda m: [m]),
@@ -83,6 +94,53 @@ REPARAMETRISED: Dict[str, Tuple[str, Callable[[str], List[Any]]]] = {
         (m, dict(SMALL, global_pool='max', fc_norm=False), '', None),
     ]),
 }
+
+SWIN_SMALL = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+
+
+def _size(model: str) -> int:
+    """Size of a Swin model for which its window is a 32nd of the image."""
+    return 128 if model.startswith('swin_test_') else 224
+
+
+# the same for one Swin
+SWIN: Values = {
+    **{test: ('model_name', lambda m: [m]) for test in (
+        'test_model_forward_features', 'test_features_only_feature_cls_class', 'test_pruned_features_torchscript',
+        'test_feature_getter_stage_ends_torchscript', 'test_prune_intermediate_layers_params_used',
+        'test_forward_after_prune_intermediate_layers', 'test_reset_classifier_keeps_pool',
+        'test_freeze_unfreeze_root_parameters')},
+    'test_head_hidden_size': ('model_name, model_kwargs', lambda m: [
+        (m, dict(img_size=64)), (m, dict(img_size=64, global_pool='max'))]),
+    'test_forward_intermediates_stop_early_final_norm': ('model_name,model_kwargs', lambda m: [(m, SWIN_SMALL)]),
+    'test_headless_checkpoint_reload': ('model_name,kwargs', lambda m: [(m, SWIN_SMALL)]),
+    'test_model_init_weights_after_to_empty': ('model_name, kwargs', lambda m: [
+        (m, dict(img_size=64)), (m, dict(img_size=64, weight_init='jax'))]),
+    # the Swin family
+    **{test: ('model_name,img_size', lambda m: [(m, _size(m))]) for test in (
+        'test_swin_family_reinit_after_to_empty', 'test_swin_family_set_input_size',
+        'test_swin_family_set_input_size_stage_windows', 'test_swin_family_set_input_size_invalid_and_min_windows',
+        'test_swin_family_dynamic_mask_trace')},
+    **{test: ('model_name', lambda m: [m]) for test in (
+        'test_swin_family_set_input_size_window_ratios', 'test_swin_family_resize_metadata',
+        'test_swin_family_resize_odd_stage_sizes', 'test_swin_family_set_input_size_after_pruning',
+        'test_swin_family_script_after_resize', 'test_swin_family_compile_resize_guards',
+        'test_swin_family_window_padding')},
+    'test_relpos_non_square_checkpoint_reload': ('model_name,kwargs', lambda m: [(m, SWIN_SMALL)]),
+    'test_relpos_non_square_set_input_size': ('model_name,kwargs', lambda m: [(m, SWIN_SMALL)]),
+    # round trips through an exported folder
+    'test_windowed_model_resize_roundtrip': ('name', lambda m: [m]),
+    'test_default_resize_hub_roundtrip': ('name,kwargs,img_size,new_size', lambda m: [
+        (m, dict(window_size=(7, 7, 14, 7)), 112, 224), (m, dict(window_ratio=8), 64, 96),
+        (m, dict(window_rule='naver', window_size=4), (64, 96), 128)]),
+    'test_export_tracks_reset_pool_in_head': ('model_name,num_classes,pool', lambda m: [
+        (m, 3, 'max'), (m, 3, 'avgmax'), (m, 0, '')]),
+}
+
+# tests that give a Swin images of another size than its own
+ANY_SIZE = (
+    'test_feature_getter_stage_ends_torchscript', 'test_forward_after_prune_intermediate_layers',
+    'test_reset_classifier_keeps_pool', 'test_export_tracks_reset_pool_in_head')
 
 # parameters beside the model for which a test says nothing about ours -> values kept
 KEPT_VALUES: Dict[str, Tuple[str, List[Any]]] = {
@@ -129,7 +187,7 @@ RENAMED: Dict[str, Renamed] = {
     'test_native_checkpoint_file_adapts_head_for_custom_load_source': Renamed(constants=_HEADS_OF_16),
     'test_explicit_custom_load_file_uses_model_loader': Renamed(constants=_HEADS_OF_16),
 }
-# constants of the modules, for tests that are reparametrised
+# constants of the modules, for tests that are reparametrised to a ViT
 CONSTANTS = {'test_swin_family_reinit_after_to_empty': {'_SWIN_KWARGS': {}}}
 
 
@@ -152,9 +210,21 @@ def renamed_model(request, monkeypatch):
                 monkeypatch.setattr(module, function, replace(getattr(module, function)))
 
 
+def _create_any_size(create: Callable, model: str, name: str, **kwargs):
+    return create(name, **({'strict_img_size': False, **kwargs} if name == model else kwargs))
+
+
 @pytest.fixture
 def changed_constants(request, monkeypatch):
     name = request.function.__name__
+    model = next((v for v in request.node.callspec.params.values() if v in MODELS), '')
+    if model.startswith('swin_'):
+        if name in ANY_SIZE:
+            for module in (timm, request.module):
+                create = getattr(module, 'create_model', None)
+                if create is not None:
+                    monkeypatch.setattr(module, 'create_model', functools.partial(_create_any_size, create, model))
+        return
     for key, value in {**CONSTANTS.get(name, {}), **getattr(RENAMED.get(name), 'constants', {})}.items():
         monkeypatch.setattr(request.module, key, value)
 
@@ -177,13 +247,18 @@ def pytest_configure(config) -> None:
 def pytest_pycollect_makeitem(collector, name, obj) -> None:
     """Change the marks of a test function before pytest makes items of it."""
     marks = list(getattr(obj, 'pytestmark', []))
-    if name in REPARAMETRISED:
-        parameters, values = REPARAMETRISED[name]
+    swins = [model for model in MODELS if model.startswith('swin_')]
+    vits = [model for model in MODELS if model not in swins]
+    if name in REPARAMETRISED or name in SWIN:
+        parameters = (REPARAMETRISED.get(name) or SWIN[name])[0]
+        cases = [
+            case for table, models in ((REPARAMETRISED, vits), (SWIN, swins)) if name in table
+            for model in models for case in table[name][1](model)]
         marks = _without(marks, parameters)
-        marks.append(pytest.mark.parametrize(parameters, [v for model in MODELS for v in values(model)]).mark)
+        marks.append(pytest.mark.parametrize(parameters, cases).mark)
     elif name in RENAMED:
         marks.append(pytest.mark.usefixtures('renamed_model').mark)
-        marks.append(pytest.mark.parametrize('renamed_model', MODELS, indirect=True).mark)
+        marks.append(pytest.mark.parametrize('renamed_model', vits, indirect=True).mark)
     else:
         return
     seen.add(name)
@@ -200,7 +275,7 @@ def _without(marks: List[Any], parameters: str) -> List[Any]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items) -> None:
-    missing = (set(REPARAMETRISED) | set(RENAMED)) - seen
+    missing = (set(REPARAMETRISED) | set(SWIN) | set(RENAMED)) - seen
     if missing:
         raise pytest.UsageError(f'The tests of timm {timm.__version__} have no {", ".join(sorted(missing))} any more.')
     ours = []

@@ -11,6 +11,7 @@ from typing import Dict, List, Optional, Tuple
 from ._version import __version__
 
 COMMANDS: Dict[str, Tuple[str, str]] = {  # name -> (module, help)
+    'convert': ('.convert', 'turn any known checkpoint into a folder that timm loads and the Hub takes'),
     'demo': ('.demo', 'train a rotary and a learned position encoding on small images and compare them on larger ones'),
     'doctor': ('.doctor', 'say whether scripts that only import timm find the models, and what to do if not'),
     'encodings': ('.properties', 'list the encodings and their properties or options'),

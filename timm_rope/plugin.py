@@ -17,7 +17,7 @@ from importlib import import_module
 
 MIN_TIMM = (1, 0, 31)
 TARGET = 'timm.models'
-MODEL_MODULES = ('timm_rope.models.rope_vit',)
+MODEL_MODULES = ('timm_rope.models.rope_vit', 'timm_rope.models.rope_swin')
 
 imported_by_torch = False  # set by the package when torch's autoload, not a user, imported it
 status = 'not installed'  # what `python -m timm_rope doctor` reports

@@ -26,6 +26,7 @@ from .encoding import RotaryEncoding, keep_tokens
 from .encodings import create_rope
 from .norms import get_norm
 from .patch_embed import GridPatchEmbed, to_image_size, to_size
+from .saved_args import SavedArgs
 
 torch.fx.wrap('keep_tokens')
 torch.fx.wrap('resample_abs_pos_embed')
@@ -33,7 +34,7 @@ torch.fx.wrap('resample_abs_pos_embed')
 WEIGHT_INITS = ('', 'jax', 'jax_nlhb', 'moco', 'reset', 'skip', 'naver')
 
 
-class RopeVisionTransformer(VisionTransformer):
+class RopeVisionTransformer(SavedArgs, VisionTransformer):
     """timm's VisionTransformer with a rotary position encoding.
 
     The encoding is the child `rope`, created from `rope_encoding` and every argument that starts with `rope_`; its
@@ -67,7 +68,6 @@ class RopeVisionTransformer(VisionTransformer):
         ValueError: A size or option that cannot work; names the argument and what would be right.
         TypeError: An argument that neither timm nor any encoding knows.
     """
-    __jit_unused_properties__ = ['_model_args']
     drop_patches: Final[bool]
     pos_embed_grid: Tensor
 
@@ -142,15 +142,6 @@ class RopeVisionTransformer(VisionTransformer):
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init  # type: ignore[assignment]
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
-
-    @property
-    def _model_args(self) -> Dict[str, Any]:
-        """Constructor arguments that timm saves with the weights: not how they were once started."""
-        return self.__dict__.get('_saved_model_args', {})
-
-    @_model_args.setter
-    def _model_args(self, args: Dict[str, Any]) -> None:
-        self.__dict__['_saved_model_args'] = {k: v for k, v in args.items() if k != 'rope_warm_start'}
 
     # -- initialisation, training
 

@@ -7,15 +7,19 @@ from .base import Weights as Weights
 from .base import first, unwrap
 from .base import signature as signature
 from .liere import LieREVit
-from .naver import NaverSwin, NaverVit, TimmEva
+from .naver import NaverSwin as NaverSwin
+from .naver import NaverVit as NaverVit
+from .naver import TimmEva as TimmEva
 from .naver import is_trained as is_trained
 from .spiral import SpiralDeit
+from .timm_swin import OurSwin, TimmSwin
 from .timm_vit import Ours as Ours
 from .timm_vit import TimmVit as TimmVit
 
 _logger = logging.getLogger(__name__)
 
-LAYOUTS: List[Layout] = [Ours(), TimmEva(), NaverVit(), NaverSwin(), SpiralDeit(), LieREVit(), TimmVit()]
+LAYOUTS: List[Layout] = [
+    Ours(), TimmEva(), NaverVit(), NaverSwin(), OurSwin(), TimmSwin(), SpiralDeit(), LieREVit(), TimmVit()]
 
 
 def find_layout(tensors: Dict[str, Any]) -> Optional[Layout]:

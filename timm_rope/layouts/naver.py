@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .base import Layout, Weights, count_blocks, rename, signature
 
-HEAD_DIM = 64  # of every published model
+HEAD_DIM = 64  # of every published ViT
+SWIN_TEMPERATURE = 50.  # of the axial Swin models; the axial ViTs have 100
 TABLE = 'a table that is computed from the grid'
 
 
@@ -62,10 +63,11 @@ class TimmEva(Layout):
 
 
 class NaverSwin(Layout):
-    """NAVER's Swin files, converted to the keys of timm's SwinTransformer; `attn.rope_freqs` is kept.
+    """NAVER's Swin files, converted to the keys of timm's SwinTransformer and of our encodings.
 
-    Patch merging stands at the end of a stage there and at the start of the next one in timm. The tables of axial
-    models are read by nobody, NAVER's own forward included.
+    Patch merging stands at the end of a stage there and at the start of the next one in timm. Frequencies are
+    `attn.rope_freqs` (2, heads, pairs) of each block. Axial models save theirs too but turn by a table of their own,
+    which the saved ones need not agree with.
     """
     name = 'NAVER RoPE-Swin'
     marks = ('patch_embed.proj.weight', 'layers.0.blocks.0.attn.qkv.weight', 'layers.0.blocks.0.attn.rope_freqs')
@@ -73,22 +75,43 @@ class NaverSwin(Layout):
 
     def convert(self, tensors: Dict[str, Tensor], extra: Dict[str, Any]) -> Weights:
         tables = ('attn_mask', 'attn.relative_position_index', 'attn.rope_t_x', 'attn.rope_t_y')
-        left_out = {key: TABLE for key in tensors if key.endswith(tables)}
-        out = {}
-        for key, value in tensors.items():
-            if key in left_out:
-                continue
-            parts = key.split('.')
-            if parts[0] == 'layers' and parts[2] == 'downsample':
-                parts[1] = str(int(parts[1]) + 1)
-            elif parts[0] == 'head':
-                parts.insert(1, 'fc')
-            out['.'.join(parts)] = value
+        weights = Weights(self.name, {}, left_out={key: TABLE for key in tensors if key.endswith(tables)})
         # an axial table is the x half of the channels, then the y half: nothing on the other axis
         freqs = tensors[self.marks[2]]
         half = freqs.shape[-1] // 2
         axial = bool(freqs[0, :, half:].abs().max() < 1e-5 and freqs[1, :, :half].abs().max() < 1e-5)
-        return Weights(self.name, out, encoding='axial' if axial else 'mixed', left_out=left_out)
+        weights.encoding = 'axial' if axial else 'mixed'
+        for key, value in tensors.items():
+            if key in weights.left_out:
+                continue
+            parts = key.split('.')
+            if parts[-1] == 'rope_freqs':
+                self._rotation(key, tensors, weights)
+                continue
+            if parts[0] == 'layers' and parts[2] == 'downsample':
+                parts[1] = str(int(parts[1]) + 1)
+            elif parts[0] == 'head':
+                parts.insert(1, 'fc')
+            weights.tensors['.'.join(parts)] = value
+        return weights
+
+    def _rotation(self, key: str, tensors: Dict[str, Tensor], weights: Weights) -> None:
+        freqs, attention = tensors[key], key.removesuffix('rope_freqs')
+        width = tensors[f'{attention}qkv.weight'].shape[0] // 3
+        if freqs.ndim != 3 or freqs.shape[0] != 2 or 2 * freqs.shape[1] * freqs.shape[2] != width:
+            raise RuntimeError(
+                f'{key} of a {self.name} checkpoint must be (2, heads, pairs of a head) for {width} channels, got '
+                f'{tuple(freqs.shape)}.')
+        if weights.encoding == 'mixed':
+            weights.tensors[f'{attention}rope.freqs'] = freqs.unsqueeze(1)
+            weights.tensors[f'{attention}rope.signature'] = signature('mixed')
+        else:
+            weights.left_out[key] = 'frequencies that nothing reads'
+            weights.tensors[f'{attention}rope.signature'] = signature('axial', temperature=SWIN_TEMPERATURE)
+        # row and column numbers of the tokens of a window: the one the weights were trained with
+        places = [tensors.get(f'{attention}{table}') for table in ('rope_t_y', 'rope_t_x')]
+        window = [7 if place is None else 1 + int(place.max()) for place in places]
+        weights.tensors[f'{attention}rope.reference_grid'] = torch.tensor(window)
 
 
 def layer_scale(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:

@@ -127,7 +127,8 @@ def _define(name: str) -> Callable[..., 'RopeVisionTransformer']:
         f'{args["embed_dim"]} wide, {args["depth"]} blocks, {args["num_heads"]} heads, built for 224 x 224, takes any '
         f'multiple of 16.\n\nArgs:\n'
         f'    pretrained: Load the weights of the default tag.\n'
-        f'    **kwargs: Arguments of RopeVisionTransformer, of timm.create_model and `out_indices`.')
+        f'    **kwargs: Arguments of RopeVisionTransformer, of timm.create_model and `out_indices`;\n'
+        f'        `rope_warm_start=True` takes over everything but the rotation from weights of another encoding.')
     return entrypoint
 
 
