@@ -7,7 +7,8 @@
 
 Needs einops beside this package. Their models are built with random weights that make attention depend on position,
 saved as they save them, and loaded into ours by `timm.create_model(..., pretrained=True)` from that file. Prints the
-largest difference of logits (ViT-S, Swin-T, a small LieRE); of Spiral, whose attention needs flash-attn on a GPU, that of rotated queries.
+largest difference of logits (ViT-S, Swin-T, a small LieRE); of Spiral, whose attention needs flash-attn on a GPU, that
+of rotated queries.
 """
 import argparse
 import contextlib
