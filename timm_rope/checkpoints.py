@@ -3,9 +3,8 @@
 `checkpoint_filter_fn` is timm's hook for pretrained weights, `prepare_state_dict` sees every `load_state_dict`.
 """
 import dataclasses
-import logging
 import math
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
@@ -15,8 +14,6 @@ from .coordinates import to_grid
 from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise, signature
 from .mismatches import other_encoding, refuse_mismatches, warm_start_hint
 from .warm_start import take_over
-
-_logger = logging.getLogger(__name__)
 
 GRID = 'rope.reference_grid'
 
@@ -112,16 +109,6 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
             _fill_reference_grid(model, state_dict, prefix)
     _resize_pos_embed(model, state_dict, prefix)
     refuse_mismatches(model, state_dict, prefix, strict, lambda: _explain(model, state_dict, prefix))
-
-
-def report_left(missing: List[str], unexpected: List[str]) -> None:
-    """Say which keys a load with strict=False left as they were, and which it did not use."""
-    if missing or unexpected:
-        # a head of another number of classes is what is usually meant
-        level = logging.INFO if all(key.startswith('head.') for key in missing + unexpected) else logging.WARNING
-        _logger.log(
-            level, f'Loaded with strict=False. Left as they were: {", ".join(missing) or "none"}. Not used: '
-            f'{", ".join(unexpected) or "none"}.')
 
 
 def _fill_reference_grid(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:

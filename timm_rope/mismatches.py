@@ -1,4 +1,5 @@
 """What keeps weights from fitting a model, in the same words for every family of models."""
+import logging
 from typing import Any, Callable, Dict, Iterable, List, Tuple
 
 from torch import Tensor
@@ -6,6 +7,8 @@ from torch import Tensor
 from .encoding import RotaryEncoding
 from .layouts import Weights
 from .signature import read_signature, signature_conflicts
+
+_logger = logging.getLogger(__name__)
 
 NEVER = ('\0',)  # str.startswith takes an empty tuple for "no", but an empty string for "always"
 
@@ -80,6 +83,16 @@ def refuse_mismatches(
         raise RuntimeError(
             f'Error(s) in loading {layout} for {type(model).__name__}: {explain()}\n\t' + '\n\t'.join(reasons[:8])
             + (f'\n\t... and {len(reasons) - 8} more' if len(reasons) > 8 else ''))
+
+
+def report_left(missing: List[str], unexpected: List[str]) -> None:
+    """Say which keys a load with strict=False left as they were, and which it did not use."""
+    if missing or unexpected:
+        # a head of another number of classes is what is usually meant
+        level = logging.INFO if all(key.startswith('head.') for key in missing + unexpected) else logging.WARNING
+        _logger.log(
+            level, f'Loaded with strict=False. Left as they were: {", ".join(missing) or "none"}. Not used: '
+            f'{", ".join(unexpected) or "none"}.')
 
 
 def warm_start_hint(layout: str, reason: str) -> RuntimeError:

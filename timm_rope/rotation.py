@@ -80,6 +80,9 @@ class PairRotation(Rotation):
         return pair_table(freqs, y, x)
 
     def forward(self, x: Tensor, payload: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if takes_complex(x, payload):
+                return turn_complex(x, payload, self.groups)
         cos, sin = payload[..., :self.groups], payload[..., self.groups:]
         a, b = x[..., 0:self.rotated:2], x[..., 1:self.rotated:2]
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -149,6 +152,25 @@ def with_rest(groups: Tensor, x: Tensor, rotated: int, head_dim: int) -> Tensor:
     if rotated < head_dim:
         out = torch.cat((out, x[..., rotated:]), dim=-1)
     return out
+
+
+def takes_complex(x: Tensor, payload: Tensor) -> bool:
+    """Whether pairs may be turned as complex numbers: one pass over memory instead of a dozen.
+
+    Only where nothing is recorded, since no compiler has code for complex numbers; and on the CPU, where it was
+    measured. In half precision there are none, and views of bfloat16 are copies under autocast.
+    """
+    if not isinstance(x, Tensor) or recording() or torch.compiler.is_compiling():  # not a Tensor in torch.fx
+        return False
+    return bool(
+        x.device.type == 'cpu' and x.dtype == payload.dtype and x.dtype in (torch.float32, torch.float64)
+        and x.stride(-1) == 1 and x.storage_offset() % 2 == 0 and all(s % 2 == 0 for s in x.stride()[:-1]))
+
+
+def turn_complex(x: Tensor, payload: Tensor, groups: int) -> Tensor:
+    turns = torch.complex(payload[..., :groups], payload[..., groups:])
+    pairs = torch.view_as_complex(x[..., :2 * groups].unflatten(-1, [groups, 2]))
+    return with_rest(torch.view_as_real(pairs * turns), x, 2 * groups, x.shape[-1])
 
 
 def cos_sin(position: Tensor, freqs: Tensor) -> Tuple[Tensor, Tensor]:

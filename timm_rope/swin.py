@@ -4,7 +4,6 @@ timm's SwinTransformer whose window attention is replaced. Every block has an en
 heads changes from stage to stage; it lies inside the attention, so that pruning, layer-wise lr decay, sharding and
 checkpointing of blocks take it along.
 """
-import copy
 from functools import partial
 from numbers import Integral
 from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Union
@@ -12,12 +11,11 @@ from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Union
 import torch
 from timm.models.swin_transformer import SwinTransformer, resolve_stage_window_sizes, window_sizes_from_ratio
 
-from .checkpoints import report_left
+from .checkpointed import Checkpointed
 from .checks import check_choice, check_flag, check_integer
 from .encoding import RotaryEncoding
 from .encodings import create_rope
 from .patch_embed import GridPatchEmbed, to_image_size, to_size
-from .saved_args import SavedArgs
 from .swin_checkpoints import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
 from .swin_checkpoints import prepare_state_dict, to_our_keys
 from .window_attention import NaverWindowBlock, RopeWindowAttention
@@ -30,7 +28,7 @@ DEFAULTS: Dict[str, Dict[str, Any]] = {'axial': dict(temperature=50.), 'axial_le
 Size = Union[int, Tuple[int, int]]
 
 
-class RopeSwinTransformer(SavedArgs, SwinTransformer):
+class RopeSwinTransformer(Checkpointed, SwinTransformer):
     """timm's SwinTransformer with a rotary position encoding inside its windows.
 
     Coordinates are those in the window, after shift and partition: x is the column, y the row, both from 0. The
@@ -69,7 +67,7 @@ class RopeSwinTransformer(SavedArgs, SwinTransformer):
         ValueError: A size or option that cannot work; names the argument and what would be right.
         TypeError: An argument that neither timm nor any encoding knows.
     """
-    __jit_unused_properties__ = [*SavedArgs.__jit_unused_properties__, 'rope']
+    __jit_unused_properties__ = [*Checkpointed.__jit_unused_properties__, 'rope']
 
     def __init__(
             self,
@@ -169,18 +167,11 @@ class RopeSwinTransformer(SavedArgs, SwinTransformer):
 
     # -- checkpoints
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As torch's, but all is checked before anything is copied."""
-        # only here is `strict` known: torch passes True to every `_load_from_state_dict`
-        state_dict = copy.copy(to_our_keys(self, state_dict))  # keeps torch's `_metadata`
-        prepare_state_dict(self, state_dict, '', strict)
-        result = super().load_state_dict(state_dict, strict, assign)
-        report_left(result.missing_keys, result.unexpected_keys)
-        return result
+    def _in_our_keys(self, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+        return to_our_keys(self, state_dict)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        prepare_state_dict(self, state_dict, prefix, strict=False)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _prepare_state_dict(self, state_dict: Dict[str, Any], prefix: str, strict: bool) -> None:
+        prepare_state_dict(self, state_dict, prefix, strict)
 
 
 def _per_stage(value: Any, name: str) -> Tuple[int, ...]:

@@ -7,7 +7,6 @@
 Everything flows in that one direction as explicit arguments, so that patch dropout, gradient checkpointing and grids
 that change from batch to batch need no special case.
 """
-import copy
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from .attention import RopeBlock
+from .checkpointed import Checkpointed
 from .checkpoints import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
-from .checkpoints import prepare_state_dict, report_left, to_our_keys
+from .checkpoints import prepare_state_dict, to_our_keys
 from .checks import check_choice, check_integer
 from .encoding import RotaryEncoding, keep_tokens
 from .encodings import create_rope
 from .norms import get_norm
 from .patch_embed import GridPatchEmbed, to_image_size, to_size
-from .saved_args import SavedArgs
 
 torch.fx.wrap('keep_tokens')
 torch.fx.wrap('resample_abs_pos_embed')
@@ -34,7 +33,7 @@ torch.fx.wrap('resample_abs_pos_embed')
 WEIGHT_INITS = ('', 'jax', 'jax_nlhb', 'moco', 'reset', 'skip', 'naver')
 
 
-class RopeVisionTransformer(SavedArgs, VisionTransformer):
+class RopeVisionTransformer(Checkpointed, VisionTransformer):
     """timm's VisionTransformer with a rotary position encoding.
 
     The encoding is the child `rope`, created from `rope_encoding` and every argument that starts with `rope_`; its
@@ -341,15 +340,8 @@ class RopeVisionTransformer(SavedArgs, VisionTransformer):
 
     # -- checkpoints
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As torch's, but all is checked before anything is copied."""
-        # only here is `strict` known: torch passes True to every `_load_from_state_dict`
-        state_dict = copy.copy(to_our_keys(self, state_dict))  # keeps torch's `_metadata`
-        prepare_state_dict(self, state_dict, '', strict)
-        result = super().load_state_dict(state_dict, strict, assign)
-        report_left(result.missing_keys, result.unexpected_keys)
-        return result
+    def _in_our_keys(self, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+        return to_our_keys(self, state_dict)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        prepare_state_dict(self, state_dict, prefix, strict=False)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _prepare_state_dict(self, state_dict: Dict[str, Any], prefix: str, strict: bool) -> None:
+        prepare_state_dict(self, state_dict, prefix, strict)
