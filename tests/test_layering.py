@@ -43,8 +43,8 @@ ALLOWED = {
     'saved_encoding': {'encoding', 'encodings', 'signature'},
     'reparametrize': {'encoding', 'encodings', 'models', 'rotation', 'saved_encoding'},
     'convert': {
-        '_version', 'checkpoints', 'encoding', 'hub', 'layouts', 'norms', 'plugin', 'pretrained', 'saved_encoding',
-        'swin_checkpoints', 'vit', 'weight_files'},
+        '_version', 'checkpoints', 'coordinates', 'encoding', 'hub', 'layouts', 'norms', 'plugin', 'pretrained',
+        'saved_encoding', 'swin_checkpoints', 'vit', 'weight_files'},
     'models': {'checkpoints', 'encoding', 'encodings', 'pretrained', 'swin', 'swin_checkpoints', 'vit'},
     'small_data': set(),
     'properties': {'encodings'},

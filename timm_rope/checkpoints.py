@@ -3,14 +3,13 @@
 `checkpoint_filter_fn` is timm's hook for pretrained weights, `prepare_state_dict` sees every `load_state_dict`.
 """
 import dataclasses
-import math
 from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor
 
-from .coordinates import to_grid
+from .coordinates import square_grid, to_grid
 from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise, signature
 from .mismatches import other_encoding, refuse_mismatches, warm_start_hint
 from .warm_start import take_over
@@ -85,7 +84,7 @@ def _fold_class_position(tensors: Dict[str, Tensor], model: Any) -> None:
     """A position embedding that starts with the class token's is split where the model embeds patches only."""
     pos_embed, cls_token = tensors.get('pos_embed'), tensors.get('cls_token')
     if model.no_embed_class and pos_embed is not None and cls_token is not None and pos_embed.ndim == 3:
-        if not _is_square(pos_embed.shape[1]) and _is_square(pos_embed.shape[1] - 1):
+        if not square_grid(pos_embed.shape[1]) and square_grid(pos_embed.shape[1] - 1):
             tensors['cls_token'] = cls_token + pos_embed[:, :1]
             tensors['pos_embed'] = pos_embed[:, 1:]
 
@@ -145,12 +144,7 @@ def _pos_embed_grid(saved: Any, reference: Any, tokens: int) -> Optional[Tuple[i
             grid = to_grid(value.tolist(), 'pos_embed_grid of the checkpoint')
             if grid[0] * grid[1] == tokens:
                 return grid
-    side = math.isqrt(max(tokens, 0))
-    return (side, side) if _is_square(tokens) else None
-
-
-def _is_square(tokens: int) -> bool:
-    return tokens > 0 and math.isqrt(tokens) ** 2 == tokens
+    return square_grid(tokens)
 
 
 def _explain(model: Any, state_dict: Dict[str, Any], prefix: str) -> str:

@@ -3,8 +3,9 @@
 A *reference grid* is the grid the weights were trained on. It fixes the unit of the relative conventions, so a larger
 grid reaches further and the step between two patches never changes (but see 'ends').
 """
+import math
 from numbers import Integral
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -61,6 +62,12 @@ def grid_axes(
         _axis(height, reference[0], coords, span, centered),
         _axis(width, reference[1], coords, span, centered),
     )
+
+
+def square_grid(tokens: int) -> Optional[Tuple[int, int]]:
+    """The square grid of a number of patches, None if there is none."""
+    side = math.isqrt(max(tokens, 0))
+    return (side, side) if side and side * side == tokens else None
 
 
 def to_grid(value: Any, name: str) -> Tuple[int, int]:

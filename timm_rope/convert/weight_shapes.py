@@ -1,10 +1,9 @@
 """What the shapes of weights say of the model they are of."""
-import math
 from typing import Any, Dict, Optional, Tuple
 
-from torch import Tensor
-
+from ..coordinates import square_grid
 from ..layouts import NaverVit, TimmEva, Weights, is_trained
+from ..layouts.base import count_blocks
 
 
 def read_sizes(weights: Weights) -> Dict[str, Any]:
@@ -18,7 +17,7 @@ def read_sizes(weights: Weights) -> Dict[str, Any]:
         embed_dim=stem.shape[0], in_chans=stem.shape[1], patch_size=patch[0] if patch[0] == patch[1] else patch,
         num_classes=0 if head is None else head.shape[0])
     if staged(weights):
-        stages = [_count(tensors, f'layers.{i}.blocks.') for i in range(_count(tensors, 'layers.'))]
+        stages = [count_blocks(tensors, f'layers.{i}.blocks.') for i in range(count_blocks(tensors, 'layers.'))]
         # (2, heads, pairs) at NAVER, (2, 1, heads, ...) in learned encodings of ours
         names = [f'layers.{i}.blocks.0.attn.rope' for i in range(len(stages))]
         heads = tuple(tensors[f'{name}_freqs'].shape[1] for name in names if f'{name}_freqs' in tensors)
@@ -27,7 +26,7 @@ def read_sizes(weights: Weights) -> Dict[str, Any]:
         return {**args, **(dict(num_heads=heads) if len(heads) == len(stages) else {}), 'depths': tuple(stages),
                 **(dict(rel_pos_bias=True) if bias else {})}
     args.update(
-        depth=_count(tensors, 'blocks.'), class_token='cls_token' in tensors,
+        depth=count_blocks(tensors, 'blocks.'), class_token='cls_token' in tensors,
         qkv_bias='blocks.0.attn.qkv.bias' in tensors, qk_norm='blocks.0.attn.q_norm.weight' in tensors,
         pre_norm='norm_pre.weight' in tensors)
     if 'blocks.0.mlp.fc1.weight' in tensors:
@@ -44,10 +43,6 @@ def read_sizes(weights: Weights) -> Dict[str, Any]:
 def staged(weights: Weights) -> bool:
     """Whether the model has stages, as Swin."""
     return any(key.startswith('layers.0.blocks.0.') for key in weights.tensors)
-
-
-def _count(tensors: Dict[str, Tensor], prefix: str) -> int:
-    return len({key[len(prefix):].split('.')[0] for key in tensors if key.startswith(prefix)})
 
 
 def has_ape(weights: Weights) -> bool:
@@ -93,7 +88,7 @@ def positions(
         saved = _saved_grid(weights, 'pos_embed_grid')
         found = next((
             (each, each[0] * each[1] != tokens)
-            for each in (saved, asked, grid, configured, _square(tokens), _square(tokens - prefix))
+            for each in (saved, asked, grid, configured, square_grid(tokens), square_grid(tokens - prefix))
             if each is not None and tokens in (each[0] * each[1], each[0] * each[1] + prefix)), None)
         if found is None or (asked is not None and asked != found[0]):
             is_of = f'{found[0][0]} x {found[0][1]} patches' if found else f'{tokens} tokens, no square'
@@ -119,8 +114,3 @@ def positions(
 def _saved_grid(weights: Weights, key: str) -> Optional[Tuple[int, int]]:
     grid = weights.tensors.get(key)
     return None if grid is None else (int(grid[0]), int(grid[1]))
-
-
-def _square(tokens: int) -> Optional[Tuple[int, int]]:
-    side = math.isqrt(max(tokens, 0))
-    return (side, side) if side and side * side == tokens else None

@@ -4,13 +4,12 @@ The same table and the same care about half-loaded modules as in `rope_vit.py`: 
 when a model is built.
 """
 import itertools
-import sys
-from typing import TYPE_CHECKING, Any, Callable, Dict, List
+from typing import TYPE_CHECKING, Any, Dict, List
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 
 from ..encoding import ENCODINGS
+from .entrypoints import NAVER, imagenet_cfg, register
 
 if TYPE_CHECKING:
     from ..swin import RopeSwinTransformer
@@ -26,20 +25,8 @@ SIZES: Dict[str, Dict[str, Any]] = {
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,  # 224 of 256, 384 of 438: NAVER's evaluation at every size
-        'interpolation': 'bicubic',
-        'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head.fc',
-        'license': 'apache-2.0',
-        **kwargs,
-    }
+    # crop 0.875 is 224 of 256, 384 of 438: NAVER's evaluation at every size
+    return imagenet_cfg(pool_size=(7, 7), crop_pct=0.875, classifier='head.fc', **kwargs)
 
 
 def _model_args() -> Dict[str, Dict[str, Any]]:
@@ -56,9 +43,7 @@ PUBLISHED = {
     f'swin_{size}_rope_{encoding}.naver_in1k': _cfg(
         hf_hub_id=f'naver-ai/swin_rope_{encoding}_{size}_patch4_window7_224',
         license='bsd-3-clause',  # as the cards of these repositories say
-        origin_url='https://github.com/naver-ai/rope-vit',
-        paper_name='Rotary Position Embedding for Vision Transformer',
-        paper_ids='arXiv:2403.13298',
+        **NAVER,
     ) for size in SIZES for encoding in ('axial', 'mixed')}
 
 default_cfgs = generate_default_cfgs({
@@ -76,23 +61,16 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> 'RopeSwinTran
     return build(RopeSwinTransformer, fit, name, MODEL_ARGS[name], feature_cfg, pretrained, **kwargs)
 
 
-def _define(name: str) -> Callable[..., 'RopeSwinTransformer']:
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> 'RopeSwinTransformer':
-        return _create(name, pretrained, **kwargs)
-
+def _describe(name: str) -> str:
     args = MODEL_ARGS[name]
     encoding = ENCODINGS[args['rope_encoding']]
     bias = ' and a relative position bias' if args['rel_pos_bias'] else ''
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = (
+    return (
         f'Swin-{name.split("_")[1].capitalize()} with the rotary encoding {encoding.name!r} ({encoding.source}){bias} '
         f'in its windows.\n\n'
         f'{args["embed_dim"]} wide in the first stage, {", ".join(map(str, args["depths"]))} blocks, '
-        f'{", ".join(map(str, args["num_heads"]))} heads, patch 4, window 7, built for 224 x 224.\n\nArgs:\n'
-        f'    pretrained: Load the weights of the default tag.\n'
-        f'    **kwargs: Arguments of RopeSwinTransformer, of timm.create_model and `out_indices`.')
-    return entrypoint
+        f'{", ".join(map(str, args["num_heads"]))} heads, patch 4, window 7, built for 224 x 224.')
 
 
 for _name in MODEL_ARGS:
-    setattr(sys.modules[__name__], _name, register_model(_define(_name)))
+    register(__name__, _name, _create, 'RopeSwinTransformer', _describe(_name))

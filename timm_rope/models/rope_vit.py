@@ -1,20 +1,19 @@
 """`vit_{tiny,small,base,large}_rope_{encoding}[_ape]` and the baseline `vit_{size}_ape`.
 
-The table SIZES x encodings below is all there is; `_define` makes each cell a function that timm can register, pickle
+The table SIZES x encodings below is all there is; `register` makes each cell a function that timm can register, pickle
 can find and help() can show. A new encoding gets its models from the registry.
 
 timm's import runs this module, and may itself be run by the first line of one of ours that needs timm (vit,
 attention, checkpoints): such a module is half loaded then, so it is only imported here when a model is built.
 """
 import itertools
-import sys
-from typing import TYPE_CHECKING, Any, Callable, Dict, List
+from typing import TYPE_CHECKING, Any, Dict, List
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 
 from ..encoding import ENCODINGS
 from ..encodings import list_ropes
+from .entrypoints import NAVER, imagenet_cfg, register
 
 if TYPE_CHECKING:
     from ..vit import RopeVisionTransformer
@@ -31,22 +30,7 @@ SIZES: Dict[str, Dict[str, int]] = {
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': None,
-        'crop_pct': 1.0,
-        'interpolation': 'bicubic',
-        # makes timm's scripts build the model at --img-size, so that its grid becomes the reference grid;
-        # the model itself takes any size
-        'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'license': 'apache-2.0',
-        **kwargs,
-    }
+    return imagenet_cfg(pool_size=None, crop_pct=1.0, classifier='head', **kwargs)
 
 
 def _model_args() -> Dict[str, Dict[str, Any]]:
@@ -63,11 +47,6 @@ def _model_args() -> Dict[str, Dict[str, Any]]:
 
 MODEL_ARGS = _model_args()
 
-NAVER = dict(
-    origin_url='https://github.com/naver-ai/rope-vit',
-    paper_name='Rotary Position Embedding for Vision Transformer',
-    paper_ids='arXiv:2403.13298',
-)
 SPIRAL = dict(
     hf_hub_id='haoyuliu00/Spiral_RoPE',
     license='mit',  # as their README says; there is no licence file
@@ -109,28 +88,19 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> 'RopeVisionTr
     return build(RopeVisionTransformer, fit, name, MODEL_ARGS[name], feature_cfg, pretrained, **kwargs)
 
 
-def _define(name: str) -> Callable[..., 'RopeVisionTransformer']:
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> 'RopeVisionTransformer':
-        return _create(name, pretrained, **kwargs)
-
+def _describe(name: str) -> str:
     args = MODEL_ARGS[name]
-    size = name.split('_')[1]
     ape = ' and a learned absolute position embedding' if args['pos_embed'] == 'learn' else ''
     if args['rope_encoding'] == 'none':
         what = 'a learned absolute position embedding only, the baseline of both papers (DeiT-III)'
     else:
         encoding = ENCODINGS[args['rope_encoding']]
         what = f'the rotary encoding {encoding.name!r} ({encoding.source}){ape}'
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = (
-        f'ViT-{size.capitalize()}/16 with {what}.\n\n'
+    return (
+        f'ViT-{name.split("_")[1].capitalize()}/16 with {what}.\n\n'
         f'{args["embed_dim"]} wide, {args["depth"]} blocks, {args["num_heads"]} heads, built for 224 x 224, takes any '
-        f'multiple of 16.\n\nArgs:\n'
-        f'    pretrained: Load the weights of the default tag.\n'
-        f'    **kwargs: Arguments of RopeVisionTransformer, of timm.create_model and `out_indices`;\n'
-        f'        `rope_warm_start=True` takes over everything but the rotation from weights of another encoding.')
-    return entrypoint
+        f'multiple of 16.')
 
 
 for _name in MODEL_ARGS:
-    setattr(sys.modules[__name__], _name, register_model(_define(_name)))
+    register(__name__, _name, _create, 'RopeVisionTransformer', _describe(_name))
