@@ -16,15 +16,15 @@ windows of 4 patches, a 32nd as in the real ones, which timm's tests of the Swin
 """
 import functools
 import os
-import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import pytest
 import timm
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 
 from timm_rope.encodings import list_ropes
 from timm_rope.models import rope_swin, rope_vit
+from timm_rope.models.entrypoints import register
 
 # -- small models, built by the code of the real ones
 
@@ -45,9 +45,8 @@ default_cfgs = generate_default_cfgs({f'{name}.untrained': (
     rope_swin._cfg(input_size=(3, 128, 128), pool_size=(4, 4)) if name.startswith('swin_')
     else rope_vit._cfg(input_size=(3, 32, 48))) for name in STAND_INS})
 for _name in STAND_INS:
-    _entrypoint = (rope_swin if _name.startswith('swin_') else rope_vit)._define(_name)
-    _entrypoint.__module__ = __name__  # where timm looks for default_cfgs
-    setattr(sys.modules[__name__], _name, register_model(_entrypoint))
+    _family = rope_swin if _name.startswith('swin_') else rope_vit
+    register(__name__, _name, _family._create, 'a model class', 'Small stand-in.')
 
 MODELS = os.environ.get('TIMM_ROPE_CONTRACT_MODELS', '').split() or STAND_INS
 

@@ -26,7 +26,7 @@ SIZES: Dict[str, Dict[str, Any]] = {
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
     # crop 0.875 is 224 of 256, 384 of 438: NAVER's evaluation at every size
-    return imagenet_cfg(pool_size=(7, 7), crop_pct=0.875, classifier='head.fc', **kwargs)
+    return imagenet_cfg(**{'pool_size': (7, 7), 'crop_pct': 0.875, 'classifier': 'head.fc', **kwargs})
 
 
 def _model_args() -> Dict[str, Dict[str, Any]]:

@@ -30,7 +30,7 @@ SIZES: Dict[str, Dict[str, int]] = {
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return imagenet_cfg(pool_size=None, crop_pct=1.0, classifier='head', **kwargs)
+    return imagenet_cfg(**{'pool_size': None, 'crop_pct': 1.0, 'classifier': 'head', **kwargs})
 
 
 def _model_args() -> Dict[str, Dict[str, Any]]:
