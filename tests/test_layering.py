@@ -22,10 +22,15 @@ ALLOWED = {
     'hub': {'_version'},
     'frequencies': set(),
     'coordinates': {'precision'},
-    'rotation': {'precision'},
-    'encoding': {'cache', 'checks', 'coordinates', 'rotation', 'signature'},
-    'encodings': {'encoding', 'frequencies', 'rotation', 'checks'},
-    'attention': {'rotation'},
+    'scaling': {'precision'},
+    'augmentation': set(),
+    'scaled_series': set(),
+    'exponential': {'precision', 'scaled_series'},
+    'rotation': {'exponential', 'precision'},
+    'encoding': {'augmentation', 'cache', 'checks', 'coordinates', 'rotation', 'scaling', 'signature'},
+    'encodings': {'encoding', 'frequencies', 'rotation', 'scaling', 'checks'},
+    'kernels': {'precision', 'rotation'},
+    'attention': {'kernels', 'rotation'},
     'patch_embed': {'checks'},
     'checkpointed': {'mismatches'},
     'layouts': {'encodings', 'signature'},
@@ -35,28 +40,31 @@ ALLOWED = {
     'pretrained': {'checks', 'hub', 'layouts', 'weight_files'},
     'vit': {
         'attention', 'checkpointed', 'checkpoints', 'checks', 'encoding', 'encodings', 'norms', 'patch_embed'},
-    'window_attention': {'encoding'},
+    'window_attention': {'encoding', 'kernels'},
     'swin_checkpoints': {'encoding', 'layouts', 'mismatches'},
     'swin': {
         'checkpointed', 'checks', 'encoding', 'encodings', 'patch_embed', 'swin_checkpoints',
         'window_attention'},
     'saved_encoding': {'encoding', 'encodings', 'signature'},
-    'reparametrize': {'encoding', 'encodings', 'models', 'rotation', 'saved_encoding'},
+    'reparametrize': {'encoding', 'encodings', 'models', 'rotation', 'saved_encoding', 'swin'},
     'convert': {
         '_version', 'checkpoints', 'coordinates', 'encoding', 'hub', 'layouts', 'norms', 'plugin', 'pretrained',
         'saved_encoding', 'swin_checkpoints', 'vit', 'weight_files'},
     'models': {'checkpoints', 'encoding', 'encodings', 'pretrained', 'swin', 'swin_checkpoints', 'vit'},
     'small_data': set(),
     'properties': {'encodings'},
+    'recipes': set(),
+    'sweep': {'_version', 'convert', 'layouts', 'pretrained', 'weight_files'},
     'demo': {'encodings', 'small_data'},
-    'doctor': {'_version', 'catalog', 'plugin'},
+    'doctor': {'_version', 'catalog', 'kernels', 'plugin'},
     'catalog': {'models', 'encoding', 'plugin'},
     '__main__': {'catalog', 'demo', 'doctor', '_version'},
     '__init__': {'reparametrize', 'plugin', '_version', 'encoding', 'encodings', 'swin', 'vit'},
 }
 FREE_OF_TIMM = [
-    '__init__', '_version', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'frequencies', 'plugin',
-    'hub', 'precision', 'properties', 'rotation', 'signature', 'weight_files']
+    '__init__', '_version', 'augmentation', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'exponential',
+    'frequencies', 'kernels', 'plugin', 'hub', 'precision', 'properties', 'recipes', 'rotation', 'scaled_series',
+    'scaling', 'signature', 'weight_files']
 
 
 def unit_of(path):
