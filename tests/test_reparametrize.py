@@ -494,3 +494,33 @@ def test_converted_frequencies_learn(source, target):
         assert zero.sum() == zero.numel() // 2 and (moved[zero] > 0).all(), 'the components across the axes learn too'
     if target == 'liere' and source != 'liere':
         assert (moved[before == 0] > 0).float().mean() > 0.5, 'and the generators beyond the pairs'
+
+
+# -- Swin
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_every_block_of_a_swin_is_converted(bias, tmp_path):
+    torch.manual_seed(0)
+    name = f'swin_tiny_rope_axial{"_rpb" if bias else ""}'
+    small = dict(img_size=32, embed_dim=16, depths=(2, 1), num_heads=(1, 2), window_size=4, num_classes=5)
+    model = timm.create_model(name, **small).eval()
+    with torch.no_grad():
+        for block in (block for layer in model.layers for block in layer.blocks):
+            block.attn.qkv.weight.mul_(20)
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    for target, architecture in (('axial_learned', name), ('mixed', name.replace('axial', 'mixed')), ('liere', name)):
+        options = dict(coords='index') if target == 'liere' else {}
+        converted = convert_encoding(model, target, **options)
+        ropes = [block.attn.rope for layer in converted.layers for block in layer.blocks]
+        assert {rope.name for rope in ropes} == {target} and len({id(rope) for rope in ropes}) == 3
+        assert (converted(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        converted(x).square().sum().backward()
+        assert all(rope.freqs.grad.abs().max() > 0 for rope in ropes)
+        assert converted.pretrained_cfg['architecture'] == architecture
+        timm.models.save_for_hf(converted, tmp_path / target, safe_serialization=True)
+        again = timm.create_model(f'local-dir:{tmp_path / target}', pretrained=True).eval()
+        assert torch.equal(again(x), converted(x))
+    assert model.rope.name == 'axial' and torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match='every block of a Swin has one: load these weights and pass the model'):
+        convert_encoding(model.state_dict(), 'mixed')

@@ -26,7 +26,8 @@ def convert_encoding(source: Any, name: str, *, num_heads: Optional[int] = None,
     parameters: in the converted model they learn, an optimizer has to be made anew.
 
     Args:
-        source: Model with a rotary encoding, its state dict, or an encoding alone (`create_rope`). Not changed.
+        source: Model with a rotary encoding, the state dict of a ViT, or an encoding alone (`create_rope`). Not
+            changed.
         name: Encoding to change to, a learned one of `list_ropes()`.
         num_heads: Attention heads; only for state dicts, which do not tell them where all heads share frequencies.
         **options: Options of the target, with or without the prefix `rope_`. Default: those of the source where both
@@ -45,26 +46,29 @@ def convert_encoding(source: Any, name: str, *, num_heads: Optional[int] = None,
     """
     if isinstance(source, dict):
         return _convert_state_dict(source, name, num_heads, options)
-    rope = source if isinstance(source, RotaryEncoding) else _rope_of(source)
-    if num_heads not in (None, rope.num_heads):
-        raise ValueError(f'num_heads is {rope.num_heads} in this model, got {num_heads!r}; it need not be given.')
-    target = _convert_rope(rope, name, options)
-    if rope is source:
+    ropes = [source] if isinstance(source, RotaryEncoding) else _ropes_of(source)
+    if num_heads not in (None, ropes[0].num_heads):
+        raise ValueError(f'num_heads is {ropes[0].num_heads} in this model, got {num_heads!r}; it need not be given.')
+    targets = {id(rope): _convert_rope(rope, name, options) for rope in ropes}
+    target = targets[id(ropes[0])]
+    if ropes[0] is source:
         return target
     with torch.inference_mode(False):
-        # the memo puts the target wherever the copy would refer to the encoding
-        model = copy.deepcopy(source, {id(rope): target})
+        # the memo puts the targets wherever the copy would refer to an encoding
+        model = copy.deepcopy(source, {**targets})
     for module in model.modules():
-        if isinstance(dict(module.named_children()).get('rotation'), Rotation):
+        if isinstance(dict(module.named_children()).get('rotation'), Rotation) and module not in targets.values():
             module.rotation = target.rotation
     _record(model, target)
     return model
 
 
-def _rope_of(model: Any) -> RotaryEncoding:
+def _ropes_of(model: Any) -> List[RotaryEncoding]:
+    """The encoding of a ViT, or those of all blocks of a Swin."""
     children = dict(model.named_children()) if isinstance(model, nn.Module) else {}
-    rope = children.get('rope')
-    if not isinstance(rope, RotaryEncoding):
+    modules = model.modules() if _is_swin(model) else [children.get('rope')]
+    ropes = [module for module in modules if isinstance(module, RotaryEncoding)]
+    if not ropes:
         if isinstance(model, nn.Module) and getattr(model, 'rope', model) is None:
             raise ValueError('The model has no rotary encoding (rope_encoding="none"), so there is none to convert.')
         inner = ' or '.join(f'its .{key}' for key in ('module', '_orig_mod', 'model') if key in children)
@@ -73,7 +77,13 @@ def _rope_of(model: Any) -> RotaryEncoding:
             f'{type(model).__name__}' + (f': pass {inner}.' if inner else '.'))
     if any(hasattr(parameter, 'device_mesh') for parameter in model.parameters()):
         raise TypeError('The parameters of the model are sharded: convert before fully_shard.')
-    return rope
+    return ropes
+
+
+def _is_swin(model: Any) -> bool:
+    from .swin import RopeSwinTransformer
+
+    return isinstance(model, RopeSwinTransformer)
 
 
 # -- encodings
@@ -185,31 +195,33 @@ def _record(model: nn.Module, target: RotaryEncoding) -> None:
     cfg: Any = getattr(model, 'pretrained_cfg', None)
     if not cfg:
         return  # made by the constructor: timm cannot save it either
-    from .models.rope_vit import MODEL_ARGS
+    from .models import rope_swin, rope_vit
+    from .swin import DEFAULTS
 
+    swin = _is_swin(model)
+    models = rope_swin.MODEL_ARGS if swin else rope_vit.MODEL_ARGS
     args = {k: v for k, v in getattr(model, '_model_args', {}).items()
             if not k.startswith('rope_') or k == 'rope_reference_grid'}
-    name = _twin(cfg.get('architecture'), target.name)
+    name = _twin(cfg.get('architecture'), target.name, models)
     if name is None:
         name, args['rope_encoding'] = cfg.get('architecture'), target.name
-    preset = {**{f'rope_{k}': v for k, v in target.option_defaults().items()}, **MODEL_ARGS.get(name, {})}
+    defaults = {**target.option_defaults(), **(DEFAULTS.get(target.name, {}) if swin else {})}
+    preset = {**{f'rope_{k}': v for k, v in defaults.items()}, **models.get(name, {})}
     args.update({f'rope_{k}': v for k, v in target.options.items() if preset[f'rope_{k}'] != v})
     cfg = {**{k: v for k, v in cfg.items() if k not in SOURCES}, 'architecture': name}
     for key, value in dict(pretrained_cfg=cfg, default_cfg=cfg, pretrained_model_args={}, _model_args=args).items():
         setattr(model, key, value)
 
 
-def _twin(architecture: Any, encoding: str) -> Optional[str]:
+def _twin(architecture: Any, encoding: str, models: Dict[str, Dict[str, Any]]) -> Optional[str]:
     """The registered model that differs from `architecture` in its encoding alone."""
-    from .models.rope_vit import MODEL_ARGS
-
     def others(args: Dict[str, Any]) -> Dict[str, Any]:
         return {k: v for k, v in args.items() if not k.startswith('rope_')}
 
-    if architecture not in MODEL_ARGS:
+    if architecture not in models:
         return None
-    wanted = others(MODEL_ARGS[architecture])
-    twins = (n for n, args in MODEL_ARGS.items() if args['rope_encoding'] == encoding and others(args) == wanted)
+    wanted = others(models[architecture])
+    twins = (n for n, args in models.items() if args['rope_encoding'] == encoding and others(args) == wanted)
     return next(twins, None)
 
 

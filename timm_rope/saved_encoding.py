@@ -20,6 +20,8 @@ def encoding_prefix(state_dict: Dict[str, Any]) -> str:
     if len(keys) == 1:
         return keys[0].removesuffix('signature')
     message = 'A state dict needs the key rope.signature, which says what its encoding is'
+    if any(key.endswith('.attn.rope.signature') for key in keys):
+        raise ValueError(f'{message}; here every block of a Swin has one: load these weights and pass the model.')
     if keys:
         raise ValueError(f'{message}; this one has {", ".join(keys)}: pass the keys of one model.')
     for key, value in state_dict.items():
