@@ -16,6 +16,8 @@ COMMANDS: Dict[str, Tuple[str, str]] = {  # name -> (module, help)
     'doctor': ('.doctor', 'say whether scripts that only import timm find the models, and what to do if not'),
     'encodings': ('.properties', 'list the encodings and their properties or options'),
     'list': ('.catalog', 'list the models'),
+    'recipe': ('.recipes', "list or print training settings of the papers, for timm's train.py"),
+    'sweep': ('.sweep', 'evaluate models on images of several sizes'),
 }
 
 

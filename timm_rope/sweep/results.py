@@ -1,0 +1,89 @@
+"""The results file of a sweep: what was asked, and what came out so far. Written anew after each evaluation."""
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+FORMAT = 'timm_rope sweep 1'
+NUMBERS = ('height', 'width', 'top1', 'top5', 'right_top1', 'right_top5', 'images', 'images_per_second')
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, so that a reader finds all of it or the one before."""
+    unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class Results:
+    """Rows of results by model and size; in a file, if a path is given.
+
+    Args:
+        path: File, read if it exists; None keeps the results in memory.
+        arguments: All that changes an accuracy beside model and size, plain JSON values.
+
+    Raises:
+        ValueError: The file is none of this command, or was written with other arguments. It is not touched.
+    """
+
+    def __init__(self, path: Optional[Path], arguments: Dict[str, Any]) -> None:
+        self.path = path
+        self.arguments = json.loads(json.dumps(arguments))
+        self.rows: List[Dict[str, Any]] = []
+        self._seen: Optional[bytes] = None
+        if path is not None and path.exists():
+            self._seen = path.read_bytes()
+            self.rows = self._parse(path, self._seen)
+
+    def _parse(self, path: Path, content: bytes) -> List[Dict[str, Any]]:
+        advice = 'It was not touched: name another file.'
+        try:
+            found = json.loads(content)
+            rows = found['results']
+            whole = found['format'] == FORMAT and isinstance(found['arguments'], dict) and all(
+                isinstance(row['model'], str) and all(isinstance(row[key], (int, float)) for key in NUMBERS)
+                for row in rows)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f'{path} is no results file of sweep ({error!r}). {advice}') from None
+        if not whole:
+            raise ValueError(f'{path} is no results file of this version of sweep. {advice}')
+        there, here = found['arguments'], self.arguments
+        differ = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        if differ:
+            listed = '; '.join(f'{key} {there.get(key)!r}, now {here.get(key)!r}' for key in differ)
+            raise ValueError(f'{path} was written with other arguments: {listed}. {advice}')
+        return rows
+
+    def find(self, model: str, size: Tuple[int, int], sha256: Optional[str]) -> Optional[Dict[str, Any]]:
+        """The row of a model at a size, None if there is none yet.
+
+        Raises:
+            ValueError: There is one, but the weights have changed since.
+        """
+        for row in self.rows:
+            if (row['model'], row['height'], row['width']) == (model, *size):
+                if row.get('sha256') != sha256:
+                    raise ValueError(
+                        f'{model}: the weights have changed since {self.path} was written. Name another results file.')
+                return row
+        return None
+
+    def add(self, row: Dict[str, Any]) -> None:
+        """Add a row, and write the file.
+
+        Raises:
+            RuntimeError: Somebody else has changed the file, which is left as it is.
+        """
+        self.rows.append(row)
+        if self.path is None:
+            return
+        now = self.path.read_bytes() if self.path.exists() else None
+        if now != self._seen:
+            raise RuntimeError(
+                f'{self.path} was changed by another program and was left as it is. Lost: {json.dumps(row)}')
+        content = dict(format=FORMAT, arguments=self.arguments, results=self.rows)
+        self._seen = (json.dumps(content, indent=1) + '\n').encode()
+        write_whole(self.path, self._seen)

@@ -1,0 +1,92 @@
+"""Results of a sweep as a table for the terminal, as CSV and as a plot."""
+import csv
+import importlib.util
+import io
+from pathlib import Path
+from typing import Any, Dict, List
+
+from .results import write_whole
+
+COLUMNS = (
+    'model', 'height', 'width', 'top1', 'top5', 'right_top1', 'right_top5', 'images', 'images_per_second', 'crop_pct',
+    'interpolation', 'parameters')
+SOFTWARE = 'timm_rope sweep'
+Rows = List[Dict[str, Any]]
+
+
+def size_text(row: Dict[str, Any]) -> str:
+    square = row['height'] == row['width']
+    return str(row['height']) if square else f'{row["height"]}x{row["width"]}'
+
+
+def format_table(rows: Rows) -> str:
+    """Top-1 accuracies in per cent, a line for each model, a column for each size."""
+    models, sizes = (list(dict.fromkeys(values)) for values in (
+        [row['model'] for row in rows], [size_text(row) for row in rows]))
+    found = {(row['model'], size_text(row)): f'{row["top1"]:.2f}' for row in rows}
+    lines = [['top-1, %', *sizes], *([model, *(found.get((model, size), '') for size in sizes)] for model in models)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return '\n'.join('  '.join(
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
+        for line in lines)
+
+
+def check_csv(path: Path) -> None:
+    """Raise ValueError if there is a file that is not a table of ours."""
+    if path.exists():
+        with path.open('rb') as file:
+            if file.readline(1000).decode(errors='replace').strip() != ','.join(COLUMNS):
+                raise ValueError(f'--csv: {path} is no table of sweep and is not replaced: name another file.')
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """Write one line for each row, with a heading."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction='ignore', lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+
+
+def check_plot(path: Path) -> None:
+    """Raise ValueError if no plot can be drawn, or if it would replace a file that is no plot of ours."""
+    if importlib.util.find_spec('matplotlib') is None:
+        raise ValueError("--plot needs matplotlib: pip install 'timm_rope[bench]', or pip install matplotlib.")
+    if path.exists():
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                ours = image.info.get('Software') == SOFTWARE
+        except OSError:
+            ours = False
+        if not ours:
+            raise ValueError(f'--plot: {path} is no plot of sweep and is not replaced: name another file.')
+
+
+def write_plot(path: Path, rows: Rows) -> None:
+    """Draw top-1 accuracy against image size as PNG, a line for each model.
+
+    An image that is not square stands where the square one of as many pixels would.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.add_subplot()
+    ticks: Dict[float, str] = {}
+    for model in dict.fromkeys(row['model'] for row in rows):
+        points = sorted((
+            ((row['height'] * row['width']) ** .5, row['top1'], size_text(row)) for row in rows
+            if row['model'] == model), key=lambda point: point[:2])
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker='o', label=model)
+        for x, _, text in points:
+            if text not in ticks.get(x, '').split('\n'):
+                ticks[x] = f'{ticks[x]}\n{text}' if x in ticks else text
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_xlabel('image size, pixels')
+    axes.set_ylabel('top-1 accuracy, %')
+    axes.grid(alpha=.3)
+    axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format='png', dpi=150, metadata={'Software': SOFTWARE})
+    write_whole(path, content.getvalue())
