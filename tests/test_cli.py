@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fresh_python import HIDE, clean_env, write_timm
 
 from timm_rope import __version__, doctor
@@ -76,7 +77,23 @@ def test_doctor_finds_this_environment_healthy(lines):
     assert int(count) >= 60
     assert out['autoload'] == f'active: a script that only imports timm knows {count} of the models'
     assert out['device'].startswith(('cpu', 'cuda ('))
-    assert out['rotation kernel'].startswith('formula')
+    assert out['TIMM_ROPE_KERNEL'] == 'not set'
+    assert out['rotation kernel'] == ('triton' if out['device'].startswith('cuda') else 'inplace')
+
+
+@pytest.mark.parametrize('choice,kernel,problem', [
+    ('formula', 'formula', None),
+    ('fast', 'unknown', "TIMM_ROPE_KERNEL must be one of auto, formula, inplace, triton, got 'fast'."),
+    ('triton', 'unknown', 'TIMM_ROPE_KERNEL=triton cannot rotate float32 queries on cpu'),
+])
+def test_doctor_tries_the_kernel_that_is_asked_for(choice, kernel, problem, lines, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip('about a machine without a GPU')
+    monkeypatch.setenv('TIMM_ROPE_KERNEL', choice)
+    status, out = lines('doctor')
+    assert out['rotation kernel'] == kernel and status == (1 if problem else 0)
+    problems = [line for line in out if line.startswith('- ')]
+    assert len(problems) == bool(problem) and all(problem in line for line in problems)
 
 
 def test_doctor_tells_autoload_that_is_switched_off(lines, monkeypatch):
@@ -112,7 +129,8 @@ def test_doctor_tells_a_timm_that_is_too_old(lines, monkeypatch, tmp_path):
 
 HEALTHY = dict(
     versions=dict.fromkeys((*doctor.PACKAGES, 'timm_rope'), '99.0'), location='', entry_point=True, autoloaded=60,
-    models=60, status='registered', device='cpu', error='', build_error='', child_error='')
+    models=60, status='registered', device='cpu', error='', build_error='', kernels='inplace', kernel_error='',
+    child_error='')
 
 
 @pytest.mark.parametrize('facts, problem', [
@@ -122,6 +140,7 @@ HEALTHY = dict(
     (dict(autoloaded=0, entry_point=False), 'pip install --force-reinstall timm_rope'),
     (dict(autoloaded=0, models=0, status='failed: ImportError: no name x'), 'failed: ImportError: no name x'),
     (dict(build_error='TypeError: unexpected y'), 'TypeError: unexpected y'),
+    (dict(kernel_error='triton turns pairs in float32 wrong.'), 'wrong. `export TIMM_ROPE_KERNEL=formula` avoids it.'),
     (dict(autoloaded=0), '`import timm_rope` in the script, and please report it'),
     (dict(autoloaded=0, entry_point=False, child_error="ModuleNotFoundError: No module named 'timm_rope'"),
      'scripts in other folders do not find timm_rope: run `pip install timm_rope`'),

@@ -19,7 +19,7 @@ ENTRY_POINT = 'timm_rope.plugin:autoload'
 MIN_TORCH = (2, 5)  # the first one that runs the entry points of torch.backends
 PACKAGES = ('torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors')
 FOLDER = Path(__file__).parent
-SWITCHES = ('TIMM_ROPE_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD')
+SWITCHES = ('TIMM_ROPE_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD', 'TIMM_ROPE_KERNEL')
 TIMEOUT = 300  # seconds; a cold `import timm` from a network drive takes most of a minute
 
 # What the child runs. It must not import timm_rope before timm's models are counted.
@@ -68,11 +68,14 @@ def ask_child() -> Dict[str, Any]:
         device: 'cpu' or 'cuda (...)'.
         error: Of `import timm`, if any.
         build_error: Of the creation of a model, if any.
+        kernels: Which route turns queries and keys.
+        kernel_error: Of trying them, if any.
         child_error: Of the child process, if it did not answer.
     """
     facts: Dict[str, Any] = dict(
         versions=_versions(), location=str(FOLDER), entry_point=False, autoloaded=0, models=0, status='',
-        device='unknown', error='', build_error='', child_error='')
+        device='unknown', error='', build_error='', kernels='unknown', kernel_error='',
+        child_error='')
     try:
         child = subprocess.run([sys.executable, '-c', CHILD], capture_output=True, text=True, timeout=TIMEOUT)
         if child.returncode == 0:
@@ -111,6 +114,12 @@ def inspect_process(names: List[str], error: str) -> None:
         facts['device'] = f'cuda ({torch.cuda.get_device_name()})' if torch.cuda.is_available() else 'cpu'
     except Exception as exception:
         facts['error'] = error or f'{type(exception).__name__}: {exception}'
+    try:
+        from .kernels.survey import summary, survey
+
+        facts['kernels'] = summary(survey(facts['device'].split()[0]))
+    except Exception as exception:
+        facts['kernel_error'] = str(exception)
     facts['versions'] = _versions()
     print('\n' + json.dumps(facts))
 
@@ -143,6 +152,9 @@ def find_problems(facts: Dict[str, Any]) -> List[str]:
         problems.append(
             f'the models were not registered, {facts["status"]}: `python -c "import timm, {plugin.MODEL_MODULES[0]}"` '
             f'shows where; please report it.')
+    if facts['kernel_error'] and not facts['error']:
+        problems.append(
+            f'queries are not rotated: {facts["kernel_error"]} `export TIMM_ROPE_KERNEL=formula` avoids it.')
     if not problems and facts['build_error']:
         problems.append(f'a model could not be created, please report it: {facts["build_error"]}')
     if not problems and not facts['autoloaded']:
@@ -168,7 +180,7 @@ def format_facts(facts: Dict[str, Any]) -> str:
         'autoload': autoload,
         'models': f'{facts["models"]} registered once timm_rope is imported',
         'device': facts['device'],
-        'rotation kernel': 'formula (plain PyTorch)',
+        'rotation kernel': facts['kernels'],
     }
     width = max(map(len, lines))
     return '\n'.join(f'{name:<{width}}  {value}' for name, value in lines.items())
