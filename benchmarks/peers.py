@@ -107,7 +107,7 @@ class NaiveAttention(nn.Module):
         self.num_heads: int = attention.num_heads
         self.qkv, self.proj, self.turn = attention.qkv, attention.proj, turn
 
-    def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False, payload: Any = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False, *ours: Any) -> Tensor:
         B, N, C = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.turn(q), self.turn(k)

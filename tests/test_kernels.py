@@ -1,8 +1,5 @@
 """The op in front of attention: every route computes what the formula says, forward and backward, and is taken when."""
-import sys
-
 import pytest
-import timm
 import torch
 from tiny import make
 from torch import nn
@@ -178,7 +175,8 @@ def test_gradients_of_any_layout(case, choose):
 
 def test_a_payload_for_each_image(choose, taken):
     index = torch.tensor([[0, 2, 3, 5, 7], [1, 4, 6, 8, 9]])
-    for name, routes in (('mixed', {'inplace'}), ('spherical', {'inplace'}), ('liere', {'formula'})):
+    for name, routes in (('mixed', {'inplace'}), ('spherical', {'inplace'}), ('spherical_learned', {'inplace'}),
+                         ('liere', {'formula'})):
         rope, leaf = encoding(name, 8, {}), projection(8)
         both = []
         for route in ('formula', 'auto'):
@@ -400,8 +398,3 @@ def test_runs_are_bit_identical():
         model(x).square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
-
-
-def test_importing_loads_no_kernel_compiler():
-    assert timm.create_model and 'triton' not in {
-        name for name in sys.modules if name == 'timm_rope.kernels.triton_kernels'}

@@ -2,7 +2,7 @@
 
 Both keep timm's parameter names, so weights of other Vision Transformers fit.
 """
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from timm.layers import Attention, maybe_add_mask, resolve_self_attn_mask
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
+from .kernels import does_nothing, owned, rotate, unpack
 from .rotation import Rotation
 
 # traced graphs keep these two as single nodes, as timm's own attention does
@@ -33,6 +34,7 @@ class RopeAttention(Attention):
             attn_mask: Optional[Tensor] = None,
             is_causal: bool = False,
             payload: Optional[Tensor] = None,
+            score_scale: Optional[Tensor] = None,
     ) -> Tensor:
         """Attend.
 
@@ -41,15 +43,21 @@ class RopeAttention(Attention):
             attn_mask: Boolean (True attends) or additive mask, broadcastable to (B, H, N, N).
             is_causal: Each token sees itself and those before it.
             payload: Payload of all N tokens, prefix tokens included; required if the attention rotates.
+            score_scale: Scalar tensor that the scores are multiplied by.
         """
         B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotation is not None:
-            if payload is None:
-                raise ValueError('This attention rotates its queries and keys: it needs the payload of its tokens.')
-            q, k = self.rotation(q, payload), self.rotation(k, payload)
+        qkv = self.qkv(x)
+        if self.rotation is not None and payload is None:
+            raise ValueError('This attention rotates its queries and keys: it needs the payload of its tokens.')
+        if torch.jit.is_scripting():
+            q, k, v = self._split(qkv, payload)
+        elif (self.rotation is not None and payload is not None
+                and does_nothing(self.q_norm) and does_nothing(self.k_norm)):
+            q, k, v = rotate(owned(qkv, self.qkv), payload, self.rotation, self.num_heads)
+        else:
+            q, k, v = self._split(qkv, payload)
+        if score_scale is not None:
+            q = q * score_scale
 
         if self.fused_attn:
             out = F.scaled_dot_product_attention(
@@ -67,6 +75,14 @@ class RopeAttention(Attention):
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
+
+    def _split(self, qkv: Tensor, payload: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a projection by plain operations, with norms and rotation if there are any."""
+        q, k, v = unpack(qkv, self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotation is not None and payload is not None:
+            q, k = self.rotation(q, payload), self.rotation(k, payload)
+        return q, k, v
 
 
 class RopeBlock(Block):
@@ -87,6 +103,7 @@ class RopeBlock(Block):
             attn_mask: Optional[Tensor] = None,
             is_causal: bool = False,
             payload: Optional[Tensor] = None,
+            score_scale: Optional[Tensor] = None,
     ) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask, is_causal, payload)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask, is_causal, payload, score_scale)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

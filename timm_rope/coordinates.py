@@ -1,7 +1,7 @@
 """Where the patches of an image are: coordinates of the rows and columns of a grid of any size.
 
 A *reference grid* is the grid the weights were trained on. It fixes the unit of the relative conventions, so a larger
-grid reaches further and the step between two patches never changes (but see 'ends').
+grid reaches further and the step between two patches never changes (but see 'ends', and the rules of `scaling.py`).
 """
 import math
 from numbers import Integral
@@ -62,6 +62,12 @@ def grid_axes(
         _axis(height, reference[0], coords, span, centered),
         _axis(width, reference[1], coords, span, centered),
     )
+
+
+def reference_side(reference_grid: Tensor, like: Tensor, coords: str, span: float) -> Tensor:
+    """Length of the reference grid along x and y, (2,), in the unit of the coordinates; arguments as `grid_axes`."""
+    side = widest(reference_grid.to(like.dtype)).flip(0)
+    return side if coords == 'index' else torch.full_like(side, span)
 
 
 def square_grid(tokens: int) -> Optional[Tuple[int, int]]:

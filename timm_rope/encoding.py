@@ -5,22 +5,26 @@ else is here: the reference grid, the payloads of a grid, their cache, precision
 
 Shapes: L layers, H heads, G channel groups, N tokens, W payload width. An axis of size 2 is (x, y), x first.
 """
-from typing import Any, ClassVar, Dict, List, Set, Tuple, Type
+from typing import Any, ClassVar, Dict, List, Optional, Set, Tuple, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .augmentation import augment, check_amount
 from .cache import PayloadCache
 from .checks import check_choice, check_flag, check_integer, check_positive
-from .coordinates import COORDS, grid_axes, to_grid
+from .coordinates import COORDS, grid_axes, reference_side, to_grid
 from .rotation import PairRotation, Rotation
+from .scaling import RULES, growth, interpolate, log_n_scale, rescale
 from .signature import format_signature, read_signature, signature_conflicts
 
-torch.fx.wrap('grid_axes')
+for _name in ('augment', 'grid_axes', 'growth', 'log_n_scale', 'reference_side', 'rescale'):
+    torch.fx.wrap(_name)
 
 ENCODINGS: Dict[str, Type['RotaryEncoding']] = {}
 SHARING = dict(share_heads=False, share_layers=False)  # options of every learned encoding
+USAGE: Dict[str, Any] = dict(scaling='extrapolate', log_n=False, shift=None, jitter=None, rescale=None)
 
 
 class RotaryEncoding(nn.Module):
@@ -45,6 +49,14 @@ class RotaryEncoding(nn.Module):
         reference_grid: (rows, columns) the weights are trained on; see `coordinates.py`. Loaded weights bring theirs.
         device: Device of all tensors.
         dtype: float32 or float64; lower precisions are raised to float32.
+        scaling: What happens on grids larger than the reference grid, a rule of `scaling.py`: 'extrapolate',
+            'interpolate', 'ntk' or 'yarn'. As `log_n` a choice of whoever uses the weights: not saved with them.
+        log_n: Multiply attention scores by ln(n) / ln(n_ref) where there are more tokens than in training; the
+            attention has to do it, see `score_scale`.
+        shift: Augmentation of the coordinates in training mode, see `augmentation.py`: they move by up to this part of
+            half the reference image. None is off, as for the next two.
+        jitter: Each axis is stretched by a factor between 1 / jitter and jitter.
+        rescale: Both axes are stretched by a factor between 1 / rescale and rescale.
         **options: Options of the encoding, `option_defaults()`.
 
     Raises:
@@ -53,6 +65,7 @@ class RotaryEncoding(nn.Module):
 
     Attributes:
         options: All options with their values.
+        usage: What is no part of the function that the weights were trained for: `scaling` to `rescale` above.
         freqs: Frequencies or generators, x first: a parameter if learned, else a non-persistent buffer.
         reference_grid: Integer tensor (2,), saved with the weights.
         signature: uint8 tensor, the name and options of the encoding as text, saved with the weights. Fixed
@@ -68,7 +81,10 @@ class RotaryEncoding(nn.Module):
     coords_choices: ClassVar[Tuple[str, ...]] = COORDS
     span: ClassVar[float] = 2 * torch.pi  # of the reference image in normalised coordinates
     centered: ClassVar[bool] = True
-    __constants__ = ['centered', 'learned', 'span']  # TorchScript finds class attributes only here
+    scalings: ClassVar[Tuple[str, ...]] = RULES
+    axes_apart: ClassVar[bool] = False  # frequencies of x and y are two rotations, not one wave vector
+    __constants__ = ['axes_apart', 'centered', 'learned', 'span']  # TorchScript finds class attributes only here
+    __jit_unused_properties__ = ['usage']
 
     freqs: Tensor
     reference_grid: Tensor
@@ -91,6 +107,11 @@ class RotaryEncoding(nn.Module):
             *,
             device=None,
             dtype=None,
+            scaling: str = 'extrapolate',
+            log_n: bool = False,
+            shift: Optional[float] = None,
+            jitter: Optional[float] = None,
+            rescale: Optional[float] = None,
             **options: Any,
     ) -> None:
         super().__init__()
@@ -103,6 +124,11 @@ class RotaryEncoding(nn.Module):
         self._initial_grid = to_grid(reference_grid, 'reference_grid')
         self._signature = self.signature_of(self.options)
         self._cache = PayloadCache()
+        self.set_scaling(scaling, log_n)
+        self._shift = check_amount(shift, 'shift', 0.)
+        self._jitter = check_amount(jitter, 'jitter', 1.)
+        self._rescale = check_amount(rescale, 'rescale', 1.)
+        self._augmented = (self._shift, self._jitter, self._rescale) != (0., 1., 1.)
 
         dtype = dtype or torch.get_default_dtype()
         if dtype.itemsize < 4:
@@ -145,6 +171,48 @@ class RotaryEncoding(nn.Module):
         for key in SHARING:
             check_flag(options.get(key, False), key)
         return options
+
+    # -- how it is used
+
+    def check_scaling(self, scaling: str) -> str:
+        """The rule, if this encoding can follow it.
+
+        Raises:
+            ValueError: No rule of `scaling.py`, or one that has no meaning here; says why.
+        """
+        check_choice(scaling, RULES, 'scaling')
+        if scaling not in self.scalings:
+            raise ValueError(
+                f'scaling must be one of {", ".join(map(repr, self.scalings))} for {self.name!r}, got {scaling!r}: '
+                f'{self.no_scaling()}.')
+        return scaling
+
+    def no_scaling(self) -> str:
+        """Why other rules than `scalings` have no meaning; overridden with it."""
+        return ''
+
+    def set_scaling(self, scaling: str, log_n: Optional[bool] = None) -> None:
+        """Change what happens on grids larger than the reference grid; nothing is learned or saved with the weights.
+
+        Args:
+            scaling: 'extrapolate', 'interpolate', 'ntk' or 'yarn', see `scaling.py`.
+            log_n: Whether attention scores are multiplied by `score_scale`; None keeps it.
+
+        Raises:
+            ValueError: A rule that there is not, or that has no meaning for this encoding. Nothing is changed.
+        """
+        self.check_scaling(scaling)
+        if log_n is not None:
+            self.log_n = check_flag(log_n, 'log_n')
+        self.scaling = scaling
+        self._cache = PayloadCache()
+
+    @property
+    def usage(self) -> Dict[str, Any]:
+        """What is no part of the function that the weights were trained for, as the constructor takes it."""
+        return dict(
+            scaling=self.scaling, log_n=self.log_n, shift=self._shift or None,
+            jitter=None if self._jitter == 1 else self._jitter, rescale=None if self._rescale == 1 else self._rescale)
 
     # -- what a subclass defines
 
@@ -239,6 +307,9 @@ class RotaryEncoding(nn.Module):
         A grid whose payloads need no gradient is computed once and cached; the cache is dropped when the frequencies
         or the reference grid change in value, device or dtype.
 
+        On a larger grid than the reference grid coordinates and frequencies follow the rule `scaling`. In training mode
+        with an augmentation every call draws anew, once for all blocks.
+
         Args:
             grid_size: (rows, columns) of patches.
             num_prefix_tokens: Tokens in front of the patches (class, registers); their payload is the identity.
@@ -257,11 +328,24 @@ class RotaryEncoding(nn.Module):
     def _payloads(self, height: int, width: int, num_prefix_tokens: int) -> List[Tensor]:
         freqs = self.frequencies()
         axes = grid_axes(height, width, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
+        y, x = axes[0], axes[1]
+        if self.scaling != 'extrapolate':
+            s = growth(height, width, self.reference_grid, self.freqs)
+            if self.scaling == 'interpolate':
+                y, x = interpolate(y, s[1], self.coords), interpolate(x, s[0], self.coords)
+            else:
+                side = reference_side(self.reference_grid, self.freqs, self.coords, self.span)
+                freqs = rescale(self.scaling, freqs, s, side, self.axes_apart)
+        if self._augmented and self.training:
+            moved = augment(
+                y, x, reference_side(self.reference_grid, self.freqs, self.coords, self.span),
+                self._shift, self._jitter, self._rescale)
+            y, x = moved[0], moved[1]
         # R(0) is the identity in every encoding: a prefix token sits at the origin
-        origin = torch.zeros_like(axes[0][:1])
+        origin = torch.zeros_like(y[:1])
         return per_block(
             self.rotation.table(freqs, origin, origin),
-            self.rotation.table(freqs, axes[0], axes[1]),
+            self.rotation.table(freqs, y, x),
             num_prefix_tokens,
             self.depth,
         )
@@ -274,9 +358,9 @@ class RotaryEncoding(nn.Module):
 
     @torch.jit.unused
     def _cached_payloads(self, grid_size: Tuple[int, int], num_prefix_tokens: int) -> List[Tensor]:
-        if torch.is_grad_enabled() and self.freqs.requires_grad:
+        if (torch.is_grad_enabled() and self.freqs.requires_grad) or (self._augmented and self.training):
             return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
-        key = (grid_size, num_prefix_tokens, self.depth)
+        key = (grid_size, num_prefix_tokens, self.depth, self.scaling)
         payloads = self._cache.get(key, self.freqs, self.reference_grid)
         if payloads is None:
             # outside inference mode, since what is made inside it could not be used in training later
@@ -284,6 +368,18 @@ class RotaryEncoding(nn.Module):
                 payloads = self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
             self._cache.put(key, payloads, self.freqs, self.reference_grid)
         return list(payloads)
+
+    def score_scale(self, tokens: int, num_prefix_tokens: int = 0) -> Tensor:
+        """What the scores of `tokens` queries and keys are multiplied by if `log_n` is set, see `scaling.log_n_scale`.
+
+        Args:
+            tokens: Tokens that attend to each other, prefix tokens included.
+            num_prefix_tokens: Tokens in front of the patches, as many as in training.
+
+        Returns:
+            A scalar tensor, 1 where there are no more tokens than in training.
+        """
+        return log_n_scale(tokens, num_prefix_tokens, self.reference_grid, self.freqs)
 
     def rotate(self, x: Tensor, payload: Tensor) -> Tensor:
         """Rotate queries or keys of one block.
@@ -366,7 +462,8 @@ class RotaryEncoding(nn.Module):
 
     def extra_repr(self) -> str:
         grid = 'meta' if self.reference_grid.is_meta else tuple(self.reference_grid.tolist())
-        options = ''.join(f', {k}={v}' for k, v in self.options.items())
+        usage = {k: v for k, v in self.usage.items() if v != USAGE[k]}
+        options = ''.join(f', {k}={v}' for k, v in {**self.options, **usage}.items())
         return (
             f'{self.name}, head_dim={self.head_dim}, num_heads={self.num_heads}, depth={self.depth}, '
             f'reference_grid={grid}{options}, freqs={tuple(self.freqs.shape)}'

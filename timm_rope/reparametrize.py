@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional
 import torch
 from torch import Tensor, nn
 
-from .encoding import ENCODINGS, RotaryEncoding
+from .encoding import ENCODINGS, USAGE, RotaryEncoding
 from .encodings import create_rope, list_ropes
 from .rotation import Rotation
 from .saved_encoding import encoding_prefix, read_encoding
@@ -122,6 +122,7 @@ def _create(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> Rotar
         if not cls.learned:
             raise _NoExactForm('its frequencies are fixed')
         carried = {k: v for k, v in source.options.items() if k in cls.option_defaults() and k not in given}
+        carried.update({k: v for k, v in source.usage.items() if k not in given})
     with torch.random.fork_rng(devices=[]):  # the initial frequencies are not used
         return create_rope(
             name, source.head_dim, source.num_heads, source.depth, tuple(source.reference_grid.tolist()),
@@ -208,6 +209,7 @@ def _record(model: nn.Module, target: RotaryEncoding) -> None:
     defaults = {**target.option_defaults(), **(DEFAULTS.get(target.name, {}) if swin else {})}
     preset = {**{f'rope_{k}': v for k, v in defaults.items()}, **models.get(name, {})}
     args.update({f'rope_{k}': v for k, v in target.options.items() if preset[f'rope_{k}'] != v})
+    args.update({f'rope_{k}': v for k, v in target.usage.items() if v != USAGE[k]})
     cfg = {**{k: v for k, v in cfg.items() if k not in SOURCES}, 'architecture': name}
     for key, value in dict(pretrained_cfg=cfg, default_cfg=cfg, pretrained_model_args={}, _model_args=args).items():
         setattr(model, key, value)

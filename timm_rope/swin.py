@@ -6,7 +6,7 @@ checkpointing of blocks take it along.
 """
 from functools import partial
 from numbers import Integral
-from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.models.swin_transformer import SwinTransformer, resolve_stage_window_sizes, window_sizes_from_ratio
@@ -60,6 +60,8 @@ class RopeSwinTransformer(Checkpointed, SwinTransformer):
         device: Device of all tensors.
         dtype: Dtype of all tensors but the encodings', which stay float32 or float64.
         **kwargs: Options of the encoding with the prefix `rope_`, and all other arguments of timm's SwinTransformer.
+            `rope_scaling` and `rope_log_n` say what happens in larger windows; an augmentation by `rope_shift`,
+            `rope_jitter` and `rope_rescale` draws anew in every block, since each has an encoding of its own.
             `rope_temperature` is 50 by default for 'axial' and 'axial_learned'; `rope_reference_grid` is (rows,
             columns) of a window, by default the window of each block.
 
@@ -144,6 +146,7 @@ class RopeSwinTransformer(Checkpointed, SwinTransformer):
             window_size: Optional[Any] = None,
             window_ratio: Optional[Union[int, Sequence[int]]] = None,
             always_partition: Optional[bool] = None,
+            rope_scaling: Optional[str] = None,
     ) -> None:
         """Change image size, patch size or window. The reference grid stays: it belongs to the weights.
 
@@ -154,7 +157,11 @@ class RopeSwinTransformer(Checkpointed, SwinTransformer):
             window_ratio: New window as a part of the grid of patches. Without either, windows grow with the grid,
                 which is the paper's protocol: 7 at 224 becomes 12 at 384.
             always_partition: Shift also where the image fits in a window; None keeps the current choice.
+            rope_scaling: New rule for windows larger than the reference grid; None keeps the current one.
         """
+        if rope_scaling is not None:
+            for rope in self._ropes():
+                rope.check_scaling(rope_scaling)
         patch = to_size(self.patch_embed.patch_size if patch_size is None else patch_size, 'patch_size')
         size = to_image_size(
             self.patch_embed.img_size if img_size is None else img_size, patch,
@@ -164,6 +171,27 @@ class RopeSwinTransformer(Checkpointed, SwinTransformer):
         super().set_input_size(
             size if img_size is not None or patch_size is not None else None, None if patch_size is None else patch,
             window_size, window_ratio, always_partition)
+        if rope_scaling is not None:
+            self.set_rope_scaling(rope_scaling)
+
+    def set_rope_scaling(self, scaling: str, log_n: Optional[bool] = None) -> None:
+        """Change what happens in windows larger than the reference grid, see `scaling.py`. No weight changes.
+
+        Args:
+            scaling: 'extrapolate', 'interpolate', 'ntk' or 'yarn'.
+            log_n: Whether attention scores are multiplied by ln(n) / ln(n_ref) in larger windows; None keeps it.
+
+        Raises:
+            ValueError: No encoding, or a rule that there is not or that has no meaning for it. Nothing is changed.
+        """
+        for rope in self._ropes():  # all have one name and options: what the first refuses has changed none
+            rope.set_scaling(scaling, log_n)
+
+    def _ropes(self) -> List[RotaryEncoding]:
+        ropes = [block.attn.rope for layer in self._stages() for block in layer.blocks]
+        if any(rope is None for rope in ropes):
+            raise ValueError("rope_scaling needs a rotary encoding, this model has rope_encoding='none'.")
+        return ropes
 
     # -- checkpoints
 

@@ -61,7 +61,8 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
         device: Device of all tensors.
         dtype: Dtype of all tensors but the encoding's, which stay float32 or float64.
         **kwargs: Options of the encoding with the prefix `rope_` (`rope_reference_grid` overrides the grid of
-            `img_size`), and all other arguments of timm's VisionTransformer.
+            `img_size`; `rope_scaling` and `rope_log_n` say what happens on larger grids, `rope_shift`, `rope_jitter`
+            and `rope_rescale` augment coordinates in training), and all other arguments of timm's VisionTransformer.
 
     Raises:
         ValueError: A size or option that cannot work; names the argument and what would be right.
@@ -178,13 +179,17 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             self,
             img_size: Optional[Union[int, Tuple[int, int]]] = None,
             patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+            rope_scaling: Optional[str] = None,
     ) -> None:
         """Change the nominal image or patch size. The reference grid stays: it belongs to the weights.
 
         Args:
             img_size: New nominal size; None keeps the current one.
             patch_size: New patch size, to which the patch embedding is resampled; None keeps the current one.
+            rope_scaling: New rule for grids larger than the reference grid; None keeps the current one.
         """
+        if rope_scaling is not None:
+            self._rope_to_scale().check_scaling(rope_scaling)
         patch = to_size(self.patch_embed.patch_size if patch_size is None else patch_size, 'patch_size')
         img_size = to_image_size(
             self.patch_embed.img_size if img_size is None else img_size, patch, self.patch_embed.dynamic_img_pad)
@@ -198,6 +203,27 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             resized = self._resize_pos_embed(pos_embed.detach(), old_grid, self.patch_embed.grid_size)
             self.pos_embed = nn.Parameter(resized, requires_grad=pos_embed.requires_grad)
             self._record_pos_embed_grid()
+        if rope_scaling is not None:
+            self.set_rope_scaling(rope_scaling)
+
+    @torch.jit.ignore
+    def set_rope_scaling(self, scaling: str, log_n: Optional[bool] = None) -> None:
+        """Change what happens on grids larger than the reference grid, see `scaling.py`. No weight changes.
+
+        Args:
+            scaling: 'extrapolate', 'interpolate', 'ntk' or 'yarn'.
+            log_n: Whether attention scores are multiplied by ln(n) / ln(n_ref) on more tokens; None keeps it.
+
+        Raises:
+            ValueError: No encoding, or a rule that there is not or that has no meaning for it. Nothing is changed.
+        """
+        self._rope_to_scale().set_scaling(scaling, log_n)
+
+    @torch.jit.ignore
+    def _rope_to_scale(self) -> RotaryEncoding:
+        if self.rope is None:
+            raise ValueError("rope_scaling needs a rotary encoding, this model has rope_encoding='none'.")
+        return self.rope
 
     def _record_pos_embed_grid(self) -> None:
         self.pos_embed_grid.copy_(torch.tensor(self.patch_embed.grid_size, device=self.pos_embed_grid.device))
@@ -235,8 +261,8 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             x = x + pos_embed
         return self.pos_drop(x)
 
-    def _embed(self, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
-        """Image -> tokens (B, prefix + N, C) and one payload per block, none without an encoding."""
+    def _embed(self, x: Tensor) -> Tuple[Tensor, List[Tensor], Optional[Tensor]]:
+        """Image -> tokens (B, prefix + N, C), one payload per block, none without an encoding, and a score scale."""
         x = self.patch_embed(x)
         payloads: List[Tensor] = []
         if self.rope is not None:
@@ -250,7 +276,11 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             if keep_indices is not None and self.rope is not None:
                 payloads = [keep_tokens(payloads[i], keep_indices, self.num_prefix_tokens)
                             for i in range(len(self.blocks))]
-        return self.norm_pre(x), payloads
+        score_scale: Optional[Tensor] = None
+        if self.rope is not None:
+            if self.rope.log_n:
+                score_scale = self.rope.score_scale(x.shape[1], self.num_prefix_tokens)
+        return self.norm_pre(x), payloads, score_scale
 
     def forward_features(
             self,
@@ -259,16 +289,16 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             is_causal: bool = False,
     ) -> Tensor:
         """Image (B, C, H, W) -> normalised tokens (B, prefix + N, C)."""
-        x, payloads = self._embed(x)
+        x, payloads, score_scale = self._embed(x)
         for i, block in enumerate(self.blocks):
             payload: Optional[Tensor] = None
             if self.rope is not None:
                 payload = payloads[i]
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 # positional, since reentrant checkpointing refuses keyword tensors
-                x = checkpoint(block, x, attn_mask, is_causal, payload)
+                x = checkpoint(block, x, attn_mask, is_causal, payload, score_scale)
             else:
-                x = block(x, attn_mask, is_causal, payload)
+                x = block(x, attn_mask, is_causal, payload, score_scale)
         return self.norm(x)
 
     def forward_intermediates(
@@ -289,7 +319,7 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             raise ValueError(f'output_fmt must be NCHW or NLC, got {output_fmt}.')
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         batch, height, width = x.shape[0], x.shape[2], x.shape[3]
-        x, payloads = self._embed(x)
+        x, payloads, score_scale = self._embed(x)
 
         taken: List[Tensor] = []
         blocks = self.blocks
@@ -300,9 +330,9 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             if self.rope is not None:
                 payload = payloads[i]
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, attn_mask, is_causal, payload)
+                x = checkpoint(block, x, attn_mask, is_causal, payload, score_scale)
             else:
-                x = block(x, attn_mask, is_causal, payload)
+                x = block(x, attn_mask, is_causal, payload, score_scale)
             if i in take_indices:
                 taken.append(self.norm(x) if norm else x)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.jit import Final
 
 from .encoding import RotaryEncoding
+from .kernels import owned, rotate, unpack
 
 
 class RopeWindowAttention(WindowAttention):
@@ -103,12 +104,19 @@ class RopeWindowAttention(WindowAttention):
         Returns:
             Same shape as `x`.
         """
-        windows, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(windows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        if self.rope is not None:
+        windows = x.shape[0]
+        qkv = self.qkv(x)
+        if self.rope is None:
+            q, k, v = unpack(qkv, self.num_heads)
+        else:
             payload = self.rope(window_grid(x, self.window_size[0], self.window_size[1]))[0]
-            q, k = self.rope.rotation(q, payload), self.rope.rotation(k, payload)
+            if torch.jit.is_scripting():
+                q, k, v = unpack(qkv, self.num_heads)
+                q, k = self.rope.rotation(q, payload), self.rope.rotation(k, payload)
+            else:
+                q, k, v = rotate(owned(qkv, self.qkv), payload, self.rope.rotation, self.num_heads)
+            if self.rope.log_n:
+                q = q * self.rope.score_scale(self.window_size[0] * self.window_size[1])
 
         added: Optional[Tensor] = None  # to the scores: (1 or windows of an image, heads or 1, N, N)
         if self.rel_pos_bias:

@@ -37,8 +37,9 @@ def create_rope(
         reference_grid: (rows, columns) of patches the weights are trained on.
         device: Device of its tensors.
         dtype: float32 or float64; lower precisions are raised to float32.
-        **options: Options of the encoding (`ENCODINGS[name].option_defaults()`), with or without the prefix `rope_`
-            under which the models take them.
+        **options: Options of the encoding (`ENCODINGS[name].option_defaults()`), and `scaling`, `log_n`, `shift`,
+            `jitter` and `rescale` of `RotaryEncoding`; all with or without the prefix `rope_` under which the models
+            take them.
 
     Returns:
         Module: `rope(grid_size)` gives the payloads, `rope.rotate(x, payload)` turns (batch, heads, N, head_dim).

@@ -33,11 +33,15 @@ class LieRE(RotaryEncoding, name='liere'):
     defaults = dict(block=8, coords='cells')
     span = 1.
     centered = False
+    scalings = ('extrapolate', 'interpolate')
 
     def make_rotation(self) -> BlockRotation:
         block = check_integer(self.options['block'], 'block', 2)
         check_group(self.head_dim, block, self.name)
         return BlockRotation(self.head_dim, block)
+
+    def no_scaling(self) -> str:
+        return 'a block turns by a mixture of frequencies that depends on the direction, so only coordinates can change'
 
     def freqs_shape(self, layers: int, heads: int) -> Tuple[int, ...]:
         # at most 4 dimensions: `model.to(memory_format=torch.channels_last)` refuses parameters with 5

@@ -26,6 +26,7 @@ class Spherical(RotaryEncoding, name='spherical'):
     source = 'arXiv 2511.08368'
     oblique = True
     relative = 'last'
+    axes_apart = True
     defaults = dict(temperature=100., order='yx', coords='cells')
 
     def make_rotation(self) -> TripletRotation:

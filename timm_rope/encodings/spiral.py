@@ -9,6 +9,7 @@ from ..checks import check_flag, check_integer, check_positive
 from ..encoding import RotaryEncoding
 from ..frequencies import geometric
 from ..rotation import PairRotation
+from ..scaling import RULES
 
 
 class Spiral(RotaryEncoding, name='spiral'):
@@ -56,6 +57,13 @@ class Spiral(RotaryEncoding, name='spiral'):
                 f'directions must be even and head_dim a multiple of twice as many: {options["directions"]} directions '
                 f'do not fit head_dim {self.head_dim}, which takes {", ".join(map(str, fitting))}.')
         return options
+
+    def check_scaling(self, scaling: str) -> str:
+        if self.options['clamp'] and scaling in RULES[1:]:
+            raise ValueError(
+                f"scaling must be 'extrapolate' for {self.name!r} with clamp=True, got {scaling!r}: where its angles "
+                f'are clamped depends on the size of the grid.')
+        return super().check_scaling(scaling)
 
     def make_rotation(self) -> PairRotation:
         rotation = ClampedPairRotation if self.options['clamp'] else PairRotation
@@ -106,4 +114,4 @@ def clamped_pair_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
     along_y = (y - row).reshape(1, 1, -1, 1, 1) * wide[1].unsqueeze(2).unsqueeze(2)
     angle = (along_x + along_y).flatten(2, 3)
     angle = extent + torch.minimum(torch.maximum(angle, -extent), extent)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1).to(freqs.dtype)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(-2).to(freqs.dtype)

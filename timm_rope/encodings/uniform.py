@@ -23,9 +23,13 @@ class Uniform(RotaryEncoding, name='uniform'):
     source = 'arXiv 2511.08368'
     defaults = dict(coords='cells')
     coords_choices = ('cells', 'ends')
+    scalings = ('extrapolate', 'interpolate')
 
     def make_rotation(self) -> PairRotation:
         return PairRotation(self.head_dim, 2 * check_group(self.head_dim, 4, self.name))
+
+    def no_scaling(self) -> str:
+        return 'there is one frequency, and those rules tell high ones from low ones'
 
     def initial_freqs(self) -> Tensor:
         w = [1.] * (self.rotation.groups // 2)

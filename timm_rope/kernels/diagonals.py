@@ -115,11 +115,8 @@ def diagonals_of(payload: Tensor, rotation: Rotation, num_heads: int, back: bool
         if any(entry is not None for entry in entries):
             diagonal = payload.new_full((tokens, num_heads, rotation.head_dim), 0. if shift else 1.)
             for i, entry in enumerate(entries):
-                place = diagonal[..., i:rotation.rotated:b]
-                if entry is None:
-                    place.zero_()
-                else:
-                    place.copy_(entry.transpose(0, 1))
+                if entry is not None:
+                    diagonal[..., i:rotation.rotated:b] = entry.transpose(0, 1)
             out[shift] = diagonal.flatten(1)
     return out
 
@@ -146,5 +143,4 @@ def rows_are_whole(x: Tensor) -> bool:
 
 def rows(x: Tensor) -> Tensor:
     """(B, H, N, D) -> (B, N, H * D)."""
-    x = x.transpose(1, 2)
-    return (x if rows_are_whole(x) else x.contiguous()).flatten(2)
+    return x.transpose(1, 2).flatten(2)

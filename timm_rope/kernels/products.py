@@ -13,7 +13,7 @@ JOINED = 8  # up to this size two neighbouring blocks are made one: half as many
 
 
 def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
-    return isinstance(rotation, BlockRotation) and payload.ndim == 3 and packed.is_contiguous()
+    return isinstance(rotation, BlockRotation) and payload.ndim == 3
 
 
 def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
