@@ -59,6 +59,18 @@ def test_float32_is_as_close_as_float32_can_be(size, count):
     assert (out - expected(freqs, y, x, size)).abs().max() < 3e-7
 
 
+@pytest.mark.parametrize('size,count,bound', [
+    (5, 14, 7e-6), (8, 14, 7e-6), (16, 14, 2e-5), (64, 14, 2e-4), (8, 32, 3e-5)])
+def test_learning_generators_are_squared_in_float32(size, count, bound):
+    freqs = generators(size, groups=1 if size > 8 else 3).requires_grad_()
+    y, x = cells(count)[-3:], cells(count)
+    exact = expected(freqs, y, x, size)
+    learning = (block_table(freqs, y, x, size) - exact).abs().max()
+    with torch.no_grad():
+        fixed = (block_table(freqs, y, x, size) - exact).abs().max()
+    assert fixed < 3e-7 and learning < bound
+
+
 @pytest.mark.parametrize('size', [*SIZES, 64])
 def test_float64_has_the_accuracy_of_float64(size):
     freqs = generators(size, groups=2, dtype=torch.float64)

@@ -155,10 +155,11 @@ def terms_backward(a: Tensor, series: List[Tensor], grads: List[Tensor]) -> Tens
     return out
 
 
-def exponentials(a: Tensor, grid: Grid) -> Tensor:
-    """(P, N, b, b) exponentials from scaled generators (2, P, b, b)."""
+def exponentials(a: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """(P, N, b, b) exponentials from scaled generators (2, P, b, b), squared and returned in `dtype`."""
     size = a.shape[-1]
     out = torch.matmul(grid.monomials, torch.cat(terms(a, grid.degree), dim=1).flatten(2)).view(-1, size, size)
+    out = out.to(dtype)
     other = torch.empty_like(out)
     for _ in range(grid.squarings):
         torch.bmm(out, out, out=other)

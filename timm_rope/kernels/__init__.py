@@ -200,7 +200,7 @@ class _Rotate(torch.autograd.Function):
             ctx: Any, qkv: Tensor, payload: Tensor, rotation: Rotation, num_heads: int, route: ModuleType,
     ) -> Tuple[Tensor, Tensor, Tensor]:
         # views of the detached tensor: what is returned is new to autograd, though the memory is the same
-        q, k, v = _turned(qkv.detach(), payload.detach(), rotation, num_heads, route)
+        q, k, v = _turned(qkv.detach(), payload, rotation, num_heads, route)
         ctx.rotation, ctx.route = rotation, route
         # attention keeps the turned queries and keys too, so that they cost nothing here
         ctx.save_for_backward(payload, *((q, k) if ctx.needs_input_grad[1] else ()))

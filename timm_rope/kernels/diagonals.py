@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rotation import BlockRotation, Rotation, TripletRotation
+from .memo import derived
 
 Matrix = List[List[Optional[Tensor]]]  # [row][column] -> (H or 1, N, G), None for zero
 Diagonals = Dict[int, Tensor]  # shift -> (N, H * D)
@@ -27,7 +28,7 @@ def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
 
 
 def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
-    diagonals = diagonals_of(payload, rotation, packed.shape[3], back=False)
+    diagonals = derived(payload, diagonals_of, rotation, packed.shape[3], False)
     x = packed[:, :, :2].flatten(3)
     for image, tokens in pieces(x):
         piece = x[image, tokens]
@@ -41,7 +42,7 @@ def turn_back(
     B, H, N, D = dv.shape
     out = dv.new_empty(B, N, 3, H, D)
     out[:, :, 2].copy_(dv.transpose(1, 2))
-    diagonals = diagonals_of(payload, rotation, H, back=True)
+    diagonals = derived(payload, diagonals_of, rotation, H, True)
     sums = {shift: payload.new_zeros(N, H * D) for shift in range(1 - rotation.size, rotation.size)}
     for i, (grad, turned) in enumerate(((dq, q), (dk, k))):
         grad = rows(grad)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..rotation import BlockRotation, Rotation
+from .memo import derived
 
 BY_IMAGE = False  # few rows to a matrix are slow
 STRIDED = 32  # rows of so many channels are fetched by strides, shorter ones three times as fast by their number
@@ -17,7 +18,7 @@ def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
 
 
 def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
-    matrices = matrices_of(payload, rotation)
+    matrices = derived(payload, matrices_of, rotation)
     x = fetch(packed, rotation, payload.shape[0] == 1)
     store(packed, torch.bmm(x, matrices.transpose(1, 2)), rotation, payload.shape[0] == 1)
 
@@ -29,7 +30,7 @@ def turn_back(
     shared = payload.shape[0] == 1
     out = pack(dq, dk, dv)
     grad = fetch(out, rotation, shared)
-    store(out, torch.bmm(grad, matrices_of(payload, rotation)), rotation, shared)
+    store(out, torch.bmm(grad, derived(payload, matrices_of, rotation)), rotation, shared)
     if not payload_grad or q is None or k is None:
         return out, None
     sums = torch.bmm(grad.transpose(1, 2), fetch(pack(q, k), rotation, shared))

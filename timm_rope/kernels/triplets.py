@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..rotation import Rotation, TripletRotation
+from .memo import derived
 from .pairs import as_complex, even
 
 BY_IMAGE = True
@@ -27,7 +28,7 @@ def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
 
 def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
     x = packed[:, :, :2]
-    for start, turns in steps(payload, rotation):
+    for start, turns in derived(payload, steps, rotation):
         times_(x, start, turns)
 
 
@@ -39,7 +40,7 @@ def turn_back(
     out = dv.new_empty(B, N, 3, H, D)
     for i, grad in enumerate((dq, dk, dv)):
         out[:, :, i].copy_(grad.transpose(1, 2))
-    sequence = steps(payload, rotation)
+    sequence = derived(payload, steps, rotation)
     back = [turns.conj_physical() for _, turns in sequence]
     if not payload_grad or q is None or k is None:
         for (start, _), turns in zip(reversed(sequence), reversed(back)):

@@ -1,0 +1,26 @@
+"""Tables that a route derives from a payload, kept as long as the payload itself.
+
+Payloads that nobody differentiates are made once for a grid (`cache.py`); what is derived from them is then, too.
+"""
+from typing import Any, Callable, Tuple
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+LARGEST = 2 ** 21  # numbers in a payload; beyond, the tables of all blocks would take more memory than time
+
+_tables = WeakTensorKeyDictionary()
+
+
+def derived(payload: Tensor, make: Callable[..., Any], *args: Any) -> Any:
+    """make(payload, *args), from an earlier call with the same payload and arguments if there was one."""
+    if payload.requires_grad or payload.is_inference() or payload.ndim > 3 or payload.numel() > LARGEST:
+        return make(payload, *args)
+    key: Tuple[Any, ...] = (make, args, payload._version)
+    known = _tables.get(payload)
+    if known is None or key not in known:
+        # a payload that has changed leaves no table behind; both directions of a rotation are kept
+        known = {k: v for k, v in (known or {}).items() if k[-1] == payload._version}
+        known[key] = make(payload, *args)
+        _tables[payload] = known
+    return known[key]
