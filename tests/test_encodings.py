@@ -38,6 +38,7 @@ def make(name, options=None, head_dim=64, num_heads=2, depth=2, reference_grid=(
 
 @pytest.mark.parametrize('name,options', VARIANTS, ids=IDS)
 @pytest.mark.parametrize('grid,reference', [((2, 5), (14, 14)), ((6, 3), (4, 7)), ((1, 1), (14, 14))])
+@torch.no_grad()  # generators that learn are squared in float32, see test_exponential.py
 def test_formula(name, options, grid, reference):
     rope = make(name, options, reference_grid=reference)
     payloads = rope(grid)
@@ -51,6 +52,7 @@ def test_formula(name, options, grid, reference):
 
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('reference', [(14, 14), (64, 64)])
+@torch.no_grad()  # generators that learn are squared in float32, see test_exponential.py
 def test_formula_on_a_large_grid(name, reference):
     # the oracle visits a sample of the rows of a 64x64 grid, the far corner included
     rope = make(name, head_dim=32, num_heads=1, depth=1, reference_grid=reference)
@@ -65,6 +67,7 @@ def test_formula_on_a_large_grid(name, reference):
 
 
 @pytest.mark.parametrize('name,options', VARIANTS, ids=IDS)
+@torch.no_grad()  # generators that learn are squared in float32, see test_exponential.py
 def test_rotations_are_orthogonal_and_start_at_the_identity(name, options):
     rope = make(name, options)
     r = matrices(rope, (9, 17)).detach()

@@ -210,6 +210,7 @@ def test_gradients_of_learned_frequencies(name, rule):
 
 
 @pytest.mark.parametrize('name,rule', CASES)
+@torch.no_grad()  # generators that learn are squared in float32, see test_exponential.py
 def test_single_precision(name, rule):
     single = rope(name, (14, 14), 16, 1, scaling=rule)
     double = rope(name, (14, 14), 16, 1, scaling=rule, dtype=torch.float64)
