@@ -44,8 +44,8 @@ class Row(NamedTuple):
 
 FULL, HALF = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
 
-# Forward pass of queries and keys of a block of ViT-S, batch 8, in milliseconds: this route, the formula. Two cores of
-# a Xeon with AVX-512, `python benchmarks/rotation.py --dtype fp32 bf16 fp16`; a copy takes 0.35 and 0.14 in half.
+# Milliseconds for queries and keys of a block of ViT-S, batch 8, forward: this route, the formula. The fastest of some
+# runs on two cores of a Xeon with AVX-512; a copy takes 0.35, in half precision 0.14. `python benchmarks/rotation.py`.
 TABLE = (
     Row('cpu', FULL, PairRotation, 'inplace', '0.55, 4.7'),
     Row('cpu', FULL, TripletRotation, 'inplace', '1.6, 6.9'),
