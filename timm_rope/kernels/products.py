@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..rotation import BlockRotation, Rotation
 from .memo import derived
+from .packing import pack
 
 BY_IMAGE = False  # few rows to a matrix are slow
 STRIDED = 32  # rows of so many channels are fetched by strides, shorter ones three times as fast by their number
@@ -92,12 +93,3 @@ def row_numbers(batch: int, tokens: int, parts: int, heads: int, groups: int, sh
     with torch.inference_mode(False):
         number = torch.arange(batch * tokens * parts * heads * groups, dtype=torch.int32)
         return by_matrix(number.view(batch, tokens, parts, heads, groups)[:, :, :2], shared).flatten()
-
-
-def pack(*parts: Tensor) -> Tensor:
-    """Parts (B, H, N, D) -> (B, N, parts, H, D)."""
-    B, H, N, D = parts[0].shape
-    out = parts[0].new_empty(B, N, len(parts), H, D)
-    for i, part in enumerate(parts):
-        out[:, :, i].copy_(part.transpose(1, 2))
-    return out

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..rotation import Rotation, TripletRotation
 from .memo import derived
+from .packing import pack
 from .pairs import as_complex, even
 
 BY_IMAGE = True
@@ -37,9 +38,7 @@ def turn_back(
         q: Optional[Tensor], k: Optional[Tensor], payload_grad: bool,
 ) -> Tuple[Tensor, Optional[Tensor]]:
     B, H, N, D = dv.shape
-    out = dv.new_empty(B, N, 3, H, D)
-    for i, grad in enumerate((dq, dk, dv)):
-        out[:, :, i].copy_(grad.transpose(1, 2))
+    out = pack(dq, dk, dv)
     sequence = derived(payload, steps, rotation)
     back = [turns.conj_physical() for _, turns in sequence]
     if not payload_grad or q is None or k is None:
@@ -49,12 +48,10 @@ def turn_back(
 
     each = payload.ndim == 4  # every image has its own payload
     totals = [out.new_zeros(B if each else 1, N, 2, H, D) for _ in sequence]
-    mirrored = out.new_empty(1, N, 2, H, D)
     for image in range(B):
         own = slice(image, image + 1) if each else slice(None)
         grads = out[image:image + 1, :, :2]
-        for i, turned in enumerate((q, k)):
-            mirrored[0, :, i].copy_(turned[image].transpose(0, 1))
+        mirrored = pack(q[image:image + 1], k[image:image + 1])
         # its pairs seen from 0 are the conjugates of y, those seen from 1 the opposites of the conjugates
         mirrored[..., 1::2].neg_()
         for i in (2, 1, 0):
