@@ -6,7 +6,7 @@ from torch import nn
 
 import timm_rope
 from timm_rope import kernels
-from timm_rope.kernels import diagonals, rotate, unpack
+from timm_rope.kernels import diagonals, packing, rotate, unpack
 
 HEADS, GRID, PREFIX = 3, (3, 4), 1
 TOKENS = PREFIX + GRID[0] * GRID[1]
@@ -201,6 +201,18 @@ def test_pieces_cover_every_token(choose, monkeypatch):
         choose(route)
         both.append(results(rope, leaf))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*both))
+
+
+@pytest.mark.parametrize('images', [1, 2, 3, 5, 9])
+@pytest.mark.parametrize('case', [CASES[4], CASES[6], CASES[9]], ids=['mixed', 'shared', 'spherical_learned'])
+def test_pieces_cover_every_image(case, images, choose, monkeypatch):
+    rope, leaf = encoding(*case), projection(case[1], batch=5)
+    choose('formula')
+    expected = results(rope, leaf)
+    choose('inplace')
+    monkeypatch.setattr(packing, 'PIECE', images * TOKENS * HEADS * case[1] + 1)
+    for a, b in zip(results(rope, leaf), expected):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('case', [CASES[8], CASES[9], CASES[12], CASES[14]], ids=lambda case: case[0])

@@ -1,6 +1,10 @@
-"""Gradients of queries, keys and values side by side, as the projection made those."""
+"""Gradients of queries, keys and values side by side, as the projection made those; and how many at a time."""
+from typing import Iterator
+
 import torch
 from torch import Tensor
+
+PIECE = 80 * 1024  # numbers of queries or keys worked on at a time: a few such arrays stay in the cache of a core
 
 
 def pack(*parts: Tensor) -> Tensor:
@@ -10,3 +14,15 @@ def pack(*parts: Tensor) -> Tensor:
     for i, part in enumerate(parts):
         out[:, :, i].copy_(part.transpose(1, 2))
     return out
+
+
+def images_at_a_time(x: Tensor) -> int:
+    """How many images of x (B, N, H, D) make a piece: one that is large, many that are small."""
+    return max(1, min(x.shape[0], PIECE // max(1, x[0].numel())))
+
+
+def pieces(x: Tensor) -> Iterator[slice]:
+    """Ranges of images of x (B, N, H, D) that are worked on one after the other."""
+    step = images_at_a_time(x)
+    for start in range(0, x.shape[0], step):
+        yield slice(start, min(start + step, x.shape[0]))

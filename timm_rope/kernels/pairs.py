@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ..rotation import PairRotation, Rotation
+from .packing import images_at_a_time, pieces
 
 BY_IMAGE = True  # images may be worked on one by one
 
@@ -38,6 +39,8 @@ def turn_back(
                 as_complex(grad, rotation.groups), as_complex(y, rotation.groups), payload.ndim == 4, total)
     if total is None:
         return out, None
+    if payload.ndim == 3:
+        total = total.sum(0)
     if payload.shape[-3] == 1:
         total = total.sum(-2, keepdim=True)
     # with y = c x it is g conj(x) = g conj(y) c
@@ -45,16 +48,17 @@ def turn_back(
 
 
 def products(grad: Tensor, turned: Tensor, each: bool, total: Optional[Tensor] = None) -> Tensor:
-    """g conj(y) of (B, N, H, G): of `each` image, if it has its own angles, else summed over images to (N, H, G).
+    """g conj(y) of (B, N, H, G): (B, N, H, G) if `each` image has its own angles, else sums (images of a piece, ...).
 
     Added to `total`, if it is given.
     """
     if total is None:
-        total = grad.new_zeros(grad.shape[0 if each else 1:])
-    scratch = torch.empty_like(total[0] if each else total)
-    for image in range(grad.shape[0]):
-        torch.conj_physical(turned[image], out=scratch)
-        (total[image] if each else total).addcmul_(grad[image], scratch)
+        total = grad.new_zeros(grad.shape[0] if each else images_at_a_time(grad), *grad.shape[1:])
+    scratch = torch.empty_like(total[:images_at_a_time(grad)])
+    for images in pieces(grad):
+        count = images.stop - images.start
+        torch.conj_physical(turned[images], out=scratch[:count])
+        total[images if each else slice(count)].addcmul_(grad[images], scratch[:count])
     return total
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..rotation import Rotation, TripletRotation
 from .memo import derived
-from .packing import pack
+from .packing import images_at_a_time, pack, pieces
 from .pairs import as_complex, even
 
 BY_IMAGE = True
@@ -47,25 +47,25 @@ def turn_back(
         return out, None
 
     each = payload.ndim == 4  # every image has its own payload
-    totals = [out.new_zeros(B if each else 1, N, 2, H, D) for _ in sequence]
-    for image in range(B):
-        own = slice(image, image + 1) if each else slice(None)
-        grads = out[image:image + 1, :, :2]
-        mirrored = pack(q[image:image + 1], k[image:image + 1])
+    totals = [out.new_zeros(B if each else images_at_a_time(dv), N, 2, H, D) for _ in sequence]
+    for images in pieces(dv):
+        own = images if each else slice(images.stop - images.start)
+        grads = out[images, :, :2]
+        mirrored = pack(q[images], k[images])
         # its pairs seen from 0 are the conjugates of y, those seen from 1 the opposites of the conjugates
         mirrored[..., 1::2].neg_()
         for i in (2, 1, 0):
             start, turns = sequence[i]
             add_products_(totals[i][own], grads, mirrored, start)
-            times_(grads, start, back[i][own] if each else back[i])
+            times_(grads, start, back[i][images] if each else back[i])
             if i:
-                times_(mirrored, start, turns[own] if each else turns)
+                times_(mirrored, start, turns[images] if each else turns)
     products = []
     for total, (start, turns) in zip(totals, sequence):
-        product = seen_from(total, start).sum(-3).mul_(-1 if start else 1)
+        product = seen_from(total if each else total.sum(0), start).sum(-3).mul_(-1 if start else 1)
         # with y = c x it is g conj(x) = g conj(y) c
         product = (product.sum(-2, keepdim=True) if turns.shape[-2] == 1 else product) * turns
-        products.append(product if each else product[0])
+        products.append(product)
     return out, payload_gradient(products, payload, rotation)
 
 
@@ -119,7 +119,7 @@ def times_(x: Tensor, start: int, turns: Tensor) -> None:
 
 
 def add_products_(total: Tensor, x: Tensor, y: Tensor, start: int) -> None:
-    """Add the products of the pairs of x and y to the pairs of `total`, all (1, N, 2, H, D)."""
+    """Add the products of the pairs of x and y to the pairs of `total`, all (images, N, 2, H, D)."""
     out = seen_from(total, start)
     out.addcmul_(seen_from(x, start), seen_from(y, start))
     if start and x.dtype != torch.float32:
