@@ -2,7 +2,7 @@
 
 What turns how is in three engines with the functions of a route, each for float32 or float64: `pairs`, `diagonals`
 (triplets and small blocks), `products` (large blocks). bfloat16 and float16, for which torch has no complex numbers
-and slow arithmetic, go through float32, image by image, so that the copy stays in the cache.
+and slow arithmetic, go through float32, a few images at a time, so that the copy stays in the cache.
 """
 from types import ModuleType
 from typing import Iterator, Optional, Tuple
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..rotation import PairRotation, Rotation, TripletRotation
 from . import diagonals, pairs, products, triplets
+from .packing import pieces
 
 FULL = (torch.float32, torch.float64)
 
@@ -80,9 +81,7 @@ def turn_back(
 
 def parts(x: Tensor, engine: ModuleType) -> Iterator[slice]:
     """Ranges of images that are worked on one after the other in float32."""
-    step = 1 if engine.BY_IMAGE else x.shape[0]
-    for start in range(0, x.shape[0], step):
-        yield slice(start, start + step)
+    return pieces(x) if engine.BY_IMAGE else iter([slice(0, x.shape[0])])
 
 
 def own(payload: Tensor, images: slice) -> Tensor:

@@ -17,12 +17,12 @@ def pack(*parts: Tensor) -> Tensor:
 
 
 def images_at_a_time(x: Tensor) -> int:
-    """How many images of x (B, N, H, D) make a piece: one that is large, many that are small."""
+    """How many images of x (B, ...) make a piece: one that is large, many that are small."""
     return max(1, min(x.shape[0], PIECE // max(1, x[0].numel())))
 
 
 def pieces(x: Tensor) -> Iterator[slice]:
-    """Ranges of images of x (B, N, H, D) that are worked on one after the other."""
+    """Ranges of images of x (B, ...) that are worked on one after the other."""
     step = images_at_a_time(x)
     for start in range(0, x.shape[0], step):
         yield slice(start, min(start + step, x.shape[0]))
