@@ -1,0 +1,1 @@
+"""What `compare.py` is made of: tasks, the training of one model, tables and plots."""

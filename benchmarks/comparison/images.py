@@ -1,0 +1,129 @@
+"""Tasks with real images: small sets that fit in memory, and folders and CIFAR-100 by way of timm's data sets."""
+import random
+from pathlib import Path
+from typing import Dict, Iterator, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.data import create_dataset, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from timm_rope.demo import random_crops
+from timm_rope.small_data import load_images
+
+BATCH = 250
+Batches = Iterator[Tuple[Tensor, Tensor]]
+
+
+class SmallImages:
+    """Fashion-MNIST or scikit-learn's digits, all in memory; larger test images are enlarged ones (bicubic).
+
+    Raises:
+        timm_rope.small_data.NoImages: There are none.
+        ValueError: The folder is wrong, or a file is damaged.
+    """
+
+    num_classes = 10
+    in_chans = 1
+    groups: Dict[str, Tuple[int, ...]] = {}
+
+    def __init__(self, source: str, folder: Optional[Path], device: torch.device) -> None:
+        self.images = load_images(source, folder)
+        self.device = device
+        self.train_images = self.images.train_images.to(device, torch.float32) / 255
+        self.train_labels = self.images.train_labels.to(device)
+        self.mean, self.std = self.train_images.mean(), self.train_images.std()
+
+    def describe(self) -> str:
+        return f'{self.images.name}, {len(self.train_labels):,} images to train on'
+
+    def train_batches(self, seed: int, first: int, steps: int, batch_size: int, size: int) -> Batches:
+        count = len(self.train_labels)
+        per_epoch = max(1, count // batch_size)
+        for step in range(first, steps):
+            epoch, number = divmod(step, per_epoch)
+            if number == 0 or step == first:
+                order = torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * (seed + 1) + epoch))
+            index = order[number * batch_size:(number + 1) * batch_size].to(self.device)
+            crops = torch.Generator().manual_seed(2_000_003 * (seed + 1) + step)
+            images = random_crops((self._resized(self.train_images[index], size) - self.mean) / self.std, crops)
+            yield images, self.train_labels[index]
+
+    def test_batches(self, size: int, limit: int) -> Batches:
+        images, labels = self.images.test_images[:limit], self.images.test_labels[:limit]
+        for some, right in zip(images.split(BATCH), labels.split(BATCH)):
+            some = self._resized(some.to(self.device, torch.float32) / 255, size)
+            yield (some - self.mean) / self.std, right.to(self.device)
+
+    def _resized(self, x: Tensor, size: int) -> Tensor:
+        if x.shape[-1] == size:
+            return x
+        # bicubic overshoots at edges, image files cannot
+        return F.interpolate(x, (size, size), mode='bicubic').clamp(0, 1)
+
+
+class Loaded:
+    """Images that timm reads: CIFAR-100 as torchvision stores it, or a folder with `train` and `val`.
+
+    Random crops, flips and 3-Augment in training, as arXiv 2511.08368; for the test a resized centre crop.
+
+    Args:
+        dataset: For timm.data.create_dataset: 'torch/cifar100' or ''.
+        folder: Where the files are. Nothing is downloaded.
+        device: Where batches are put.
+        workers: Processes that read images.
+
+    Raises:
+        ValueError: There are no such images, or there is a single class.
+    """
+
+    in_chans = 3
+    groups: Dict[str, Tuple[int, ...]] = {}
+
+    def __init__(self, dataset: str, folder: Path, device: torch.device, workers: int) -> None:
+        self.device, self.workers, self.cifar = device, workers, dataset == 'torch/cifar100'
+        try:
+            self.train, self.test = (
+                create_dataset(dataset, root=str(folder), split=split, download=False)
+                for split in ('train', 'validation'))
+        except (RuntimeError, FileNotFoundError) as error:
+            what = 'CIFAR-100 as torchvision stores it' if self.cifar else 'train and val, with a folder for each class'
+            raise ValueError(f'--data-dir {folder} does not hold {what}: {error}') from None
+        if self.cifar:
+            self.num_classes = len(self.train.classes)
+        else:
+            classes = [data.reader.class_to_idx for data in (self.train, self.test)]
+            if classes[0] != classes[1] or len(classes[0]) < 2:
+                raise ValueError(
+                    f'--data-dir {folder}: train and val must have the same classes, at least two, got '
+                    f'{len(classes[0])} and {len(classes[1])}.')
+            self.num_classes = len(classes[0])
+        # files are sorted by class: a first part of the test images must not be a few classes
+        self.order = torch.randperm(len(self.test), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def describe(self) -> str:
+        return f'{len(self.train):,} images of {self.num_classes} classes to train on, {len(self.test):,} to test with'
+
+    def train_batches(self, seed: int, first: int, steps: int, batch_size: int, size: int) -> Batches:
+        """The images of a step do not depend on where training was taken up, their augmentation does."""
+        per_epoch = len(self.train) // batch_size
+        if not per_epoch:
+            raise ValueError(f'There are {len(self.train)} images to train on, fewer than a batch of {batch_size}.')
+        self.train.transform = create_transform(
+            (3, size, size), is_training=True, auto_augment='3a', color_jitter=.3, interpolation='bicubic')
+        for epoch in range(first // per_epoch, -(-steps // per_epoch)):
+            number = 1_000_003 * (seed + 1) + epoch
+            random.seed(number)  # augmentations draw from it if no other process makes them
+            loader = DataLoader(
+                self.train, batch_size, shuffle=True, drop_last=True, num_workers=self.workers,
+                pin_memory=self.device.type == 'cuda', generator=torch.Generator().manual_seed(number))
+            for step, (images, labels) in enumerate(loader, epoch * per_epoch):
+                if first <= step < steps:
+                    yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def test_batches(self, size: int, limit: int) -> Batches:
+        self.test.transform = create_transform(
+            (3, size, size), interpolation='bicubic', crop_pct=1. if self.cifar else .875)
+        for images, labels in DataLoader(Subset(self.test, self.order[:limit]), BATCH, num_workers=self.workers):
+            yield images.to(self.device), labels.to(self.device)

@@ -1,0 +1,192 @@
+"""One model: trained by a recipe, taken up where it was interrupted, and tested at every size by every rule."""
+import itertools
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .recipe import Recipe
+
+Row = Dict[str, Any]
+POINTS = 10  # of a learning curve; after each of them training can be taken up
+CURVE_IMAGES = 1000
+
+
+def model_name(method: str) -> str:
+    """Entry point of a method: an encoding, 'ape' for a learned position embedding, 'none' for no positions at all."""
+    return 'vit_tiny_ape' if method == 'ape' else f'vit_tiny_rope_{"axial" if method == "none" else method}'
+
+
+def build(method: str, task: Any, recipe: Recipe, seed: int) -> Any:
+    """The model in training mode; weights depend on the seed, those before the first encoding on nothing else."""
+    torch.manual_seed(seed)
+    kwargs: Dict[str, Any] = dict(rope_encoding='none') if method == 'none' else {}
+    model: Any = timm.create_model(
+        model_name(method), in_chans=task.in_chans, num_classes=task.num_classes, **recipe.model_kwargs(), **kwargs)
+    return model.to(task.device).train()
+
+
+def run(
+        task: Any, method: str, seed: int, recipe: Recipe, unfinished: Optional[Path] = None,
+        stop: Callable[[], bool] = lambda: False, **bar: Any,
+) -> Optional[Row]:
+    """Train and test one model.
+
+    Args:
+        task: Gives batches.
+        method: Encoding, 'ape' or 'none'.
+        seed: Of initial weights and of batches, which are thus the same for every method.
+        recipe: The rest.
+        unfinished: File that holds the state of training until it is complete.
+        stop: Asked at every point of the learning curve.
+        bar: For tqdm.
+
+    Returns:
+        Plain JSON values; None if training was stopped.
+    """
+    begin = time.perf_counter()
+    model = build(method, task, recipe, seed)
+    training = Training(model, recipe)
+    if unfinished is not None:
+        training.load(unfinished)
+    every = max(1, recipe.steps // POINTS)
+    batches = task.train_batches(seed, training.step, recipe.steps, recipe.batch_size, recipe.sizes[0])
+    # in a log file a line now and then
+    interval = .2 if sys.stderr.isatty() else 30.
+    with tqdm(total=recipe.steps, initial=training.step, unit='step', dynamic_ncols=True, mininterval=interval,
+              **bar) as progress:
+        for images, labels in batches:
+            training.update(images, labels)
+            progress.update()
+            if training.step % every == 0 or training.step == recipe.steps:
+                loss = training.mean_loss()
+                progress.set_postfix(loss=f'{loss:.3f}', refresh=False)
+                right, count = test(model, task, recipe.sizes[0], min(CURVE_IMAGES, recipe.test_images))
+                training.curve.append(dict(step=training.step, loss=loss, accuracy=right / count))
+                if unfinished is not None and training.step < recipe.steps:
+                    training.save(unfinished)
+                    if stop():
+                        return None
+    tests = list(test_rules(model, task, recipe))
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
+    return dict(
+        method=method, seed=seed, curve=training.curve, tests=tests, seconds=time.perf_counter() - begin,
+        parameters=sum(p.numel() for p in model.parameters()))
+
+
+class Training:
+    """AdamW with a warm-up over a tenth of the steps and cosine decay; on a GPU compiled and in bfloat16."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.forward: Any = torch.compile(model, dynamic=False) if self.device.type == 'cuda' else model
+        self.optimizer = create_optimizer_v2(
+            model, opt='adamw', lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self.scheduler = CosineLRScheduler(
+            self.optimizer, t_initial=max(2, recipe.steps), warmup_t=recipe.steps // 10,
+            warmup_lr_init=recipe.learning_rate / 100, t_in_epochs=False)
+        self.step = 0
+        self.curve: List[Row] = []
+        self.losses: List[Tensor] = []
+
+    def update(self, images: Tensor, labels: Tensor) -> None:
+        self.model.train()
+        with autocast(self.device):
+            logits = self.forward(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.scheduler.step_update(self.step)
+        self.losses.append(loss.detach())  # to read it here would wait for the GPU
+
+    def mean_loss(self) -> float:
+        """Of the steps since it was asked last.
+
+        Raises:
+            RuntimeError: It is not finite.
+        """
+        loss = float(torch.stack(self.losses).mean())
+        if not loss == loss or abs(loss) == float('inf'):
+            raise RuntimeError(f'the loss is {loss} after {self.step} steps')
+        self.losses.clear()
+        return loss
+
+    def save(self, path: Path) -> None:
+        """Write the state, so that a reader finds the whole file or the one before."""
+        parts = dict(
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step, curve=self.curve)
+        whole = path.with_name(f'.{path.name}.{os.getpid()}')
+        try:
+            torch.save(parts, whole)
+            os.replace(whole, path)
+        finally:
+            whole.unlink(missing_ok=True)
+
+    def load(self, path: Path) -> None:
+        """Go on from a state, if there is one.
+
+        Raises:
+            ValueError: The file is damaged or of another model.
+        """
+        if not path.exists():
+            return
+        try:
+            parts = torch.load(path, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(parts['model'])
+            self.optimizer.load_state_dict(parts['optimizer'])
+            self.step, self.curve = int(parts['step']), list(parts['curve'])
+        except Exception as error:  # whatever a damaged file leads to
+            raise ValueError(f'{path} is no state of this run, delete it to begin anew: {error}') from None
+        self.scheduler.step_update(self.step)
+
+
+def autocast(device: torch.device) -> ContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16) if device.type == 'cuda' else nullcontext()
+
+
+@torch.inference_mode()
+def test(
+        model: Any, task: Any, size: int, limit: int, groups: Optional[Dict[str, List[int]]] = None) -> Tuple[int, int]:
+    """Right answers and images at a size; `groups` gets the same of each group of classes."""
+    model.eval()
+    right, count = 0, 0
+    for images, labels in task.test_batches(size, limit):
+        with autocast(task.device):
+            hits = model(images).argmax(1) == labels
+        right, count = right + int(hits.sum()), count + len(labels)
+        for name, classes in task.groups.items() if groups is not None else ():
+            inside = torch.isin(labels, torch.tensor(classes, device=labels.device))
+            total = groups.setdefault(name, [0, 0])
+            total[0] += int(hits[inside].sum())
+            total[1] += int(inside.sum())
+    return right, count
+
+
+def test_rules(model: Any, task: Any, recipe: Recipe) -> Iterator[Row]:
+    """Right answers at every size, at the second one by every rule that the encoding can follow."""
+    for number, size in enumerate(recipe.sizes):
+        limit = recipe.test_images if number == 0 else recipe.test_images // 2
+        rules: List[Tuple[Optional[str], bool]] = [(None, False)]
+        if model.rope is not None:
+            rules = list(itertools.product(model.rope.scalings if number == 1 else ('extrapolate',), (False, True)))
+            rules = rules if number == 1 else rules[:1]
+        for rule, log_n in rules:
+            if rule is not None:
+                model.set_rope_scaling(rule, log_n=log_n)
+            groups: Dict[str, List[int]] = {}
+            right, count = test(model, task, size, limit, groups)
+            yield dict(size=size, rule=rule, log_n=log_n, right=right, images=count, groups=groups)
