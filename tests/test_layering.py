@@ -54,7 +54,7 @@ ALLOWED = {
     'small_data': set(),
     'properties': {'encodings'},
     'recipes': set(),
-    'sweep': {'_version', 'convert', 'layouts', 'pretrained', 'weight_files'},
+    'sweep': {'_version', 'convert', 'layouts', 'pretrained', 'scaling', 'weight_files'},
     'demo': {'encodings', 'small_data'},
     'doctor': {'_version', 'catalog', 'kernels', 'plugin'},
     'catalog': {'models', 'encoding', 'plugin'},

@@ -1,6 +1,7 @@
 """`python -m timm_rope sweep`, against an evaluation of its own: models built at each size, images cropped by hand."""
 import argparse
 import csv
+import io
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from timm.models import load_checkpoint, save_for_hf
 from timm_rope.__main__ import main
 from timm_rope.sweep import evaluate
 from timm_rope.sweep.models import load, parse_source
+from timm_rope.sweep.views import write_plot
 
 CLASSES, PER_CLASS = 7, 8
 KWARGS = dict(patch_size=8, embed_dim=24, depth=2, num_heads=2, init_values=1.)
@@ -108,12 +111,12 @@ def counts_of(rows):
     return {(row['height'], row['width']): (row['right_top1'], row['right_top5']) for row in rows}
 
 
-def at_sizes(source, sizes, folder, use_ema=False, **preparation):
-    """The route of validate.py: a model built at each size, the checkpoint loaded into it."""
+def at_sizes(source, sizes, folder, use_ema=False, options=(), **preparation):
+    """The route of validate.py: a model built at each size with these options, the checkpoint loaded into it."""
     name, path = source.split('=')
     out = {}
     for size in sizes:
-        model = timm.create_model(name, img_size=size, num_classes=CLASSES, **KWARGS).eval()
+        model = timm.create_model(name, img_size=size, num_classes=CLASSES, **KWARGS, **dict(options)).eval()
         load_checkpoint(model, path, use_ema=use_ema)
         out[size] = count(model, folder, size, **preparation)
     return out
@@ -253,9 +256,156 @@ def test_images_that_are_no_multiple_of_the_patch_can_be_padded(data, spherical,
     assert counts_of(rows_of(tmp_path / 'r.json')) == {(50, 50): count(model, data, (50, 50))}
 
 
+# -- rules for larger grids
+
+RULES = {
+    'extrapolate': {}, 'interpolate+log_n': dict(rope_scaling='interpolate', rope_log_n=True),
+    'yarn': dict(rope_scaling='yarn')}
+
+
+def by_rule(rows):
+    """Counts by (model, rule), then by size."""
+    found = {}
+    for row in rows:
+        found.setdefault((row['model'], row['rope_scaling']), []).append(row)
+    return {key: counts_of(some) for key, some in found.items()}
+
+
+@pytest.fixture(scope='module')
+def compared(data, tmp_path_factory):
+    """A run with a model that has rules and its baseline, which has none: sources, folder, what it printed."""
+    folder = tmp_path_factory.mktemp('compared')
+    mixed, ape = (save(folder / f'{name}.pth', name, 48) for name in ('vit_tiny_rope_mixed', 'vit_tiny_ape'))
+    with redirect_stdout(io.StringIO()) as out:
+        assert sweep(
+            data, mixed, ape, '--sizes', '48', '96', '40x72', '--rope-scaling', 'extrapolate', 'interpolate+log-n',
+            'yarn', 'yarn', '--results', folder / 'r.json', '--csv', folder / 'r.csv') == 0
+    return mixed, ape, folder, out.getvalue()
+
+
+def test_counts_are_those_of_models_built_with_each_rule(compared, data):
+    mixed, ape, folder, _ = compared
+    found, sizes = by_rule(rows_of(folder / 'r.json')), [(48, 48), (96, 96), (40, 72)]
+    expected = {(mixed, rule): at_sizes(mixed, sizes, data, options=options) for rule, options in RULES.items()}
+    assert found == {**expected, (ape, None): at_sizes(ape, sizes, data)}
+    counts = [expected[mixed, rule] for rule in RULES]
+    for size in sizes[1:]:
+        assert len({each[size] for each in counts}) == 3, 'rules differ on larger grids'
+    assert len({each[48, 48] for each in counts}) == 1, 'and not on that of training'
+
+
+def test_every_rule_is_a_line(compared):
+    mixed, ape, folder, out = compared
+    rows = {(row['model'], row['rope_scaling'], row['height']): row for row in rows_of(folder / 'r.json')}
+    lines = [(mixed, rule) for rule in RULES] + [(ape, None)]
+    table = out.splitlines()
+    assert len(table) == 5 and table[0].split() == ['top-1,', '%', '48', '96', '40x72']
+    for text, (model, rule) in zip(table[1:], lines):
+        label = f'{model} [{rule}]' if rule else model
+        assert text.startswith(f'{label}  ')
+        assert text[len(label):].split() == [f'{rows[model, rule, height]["top1"]:.2f}' for height in (48, 96, 40)]
+    with open(folder / 'r.csv') as file:
+        found = [(row['model'], row['rope_scaling'], row['height'], row['right_top1']) for row in csv.DictReader(file)]
+    assert found == [
+        (model, rule or '', str(height), str(rows[model, rule, height]['right_top1']))
+        for model, rule in lines for height in (48, 96, 40)]
+
+
+def test_rules_in_windows(data, tmp_path):
+    swin = dict(embed_dim=16, depths=(1, 2), num_heads=(2, 2), patch_size=4)
+    torch.manual_seed(0)
+    model = timm.create_model('swin_tiny_rope_axial', img_size=64, window_size=4, num_classes=CLASSES, **swin).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=.5 if 'qkv' not in key else 1.)
+    args = argparse.Namespace(img_size=64, model_kwargs=dict(swin, window_size=4))
+    torch.save(dict(arch='swin_tiny_rope_axial', state_dict=model.state_dict(), args=args), tmp_path / 'w.pth')
+    source = f'swin_tiny_rope_axial={tmp_path / "w.pth"}'
+    assert sweep(data, source, '--sizes', '128', '--results', tmp_path / 'r.json', '--rope-scaling', *RULES) == 0
+    expected = {}
+    for rule, options in RULES.items():
+        larger = timm.create_model(
+            'swin_tiny_rope_axial', img_size=128, window_size=8, num_classes=CLASSES, **swin, **options).eval()
+        larger.load_state_dict(model.state_dict())
+        expected[source, rule] = {(128, 128): count(larger, data, (128, 128), crop_pct=.875)}
+    assert by_rule(rows_of(tmp_path / 'r.json')) == expected
+    assert len({str(counts) for counts in expected.values()}) == 3
+
+
+def test_a_rule_goes_before_that_of_the_checkpoint(data, tmp_path):
+    built = dict(rope_scaling='interpolate', rope_log_n=True)
+    source = save(tmp_path / 'w.pth', 'vit_tiny_rope_mixed', 48, model_kwargs=built)
+    for given, rule, options in (([], None, built), (['--rope-scaling', 'yarn'], 'yarn', RULES['yarn'])):
+        file = tmp_path / f'{rule}.json'
+        assert sweep(data, source, '--sizes', '96', '--results', file, *given) == 0
+        assert by_rule(rows_of(file)) == {(source, rule): at_sizes(source, [(96, 96)], data, options=options)}
+    other = at_sizes(source, [(96, 96)], data, options=dict(rope_scaling='yarn', rope_log_n=True))
+    assert counts_of(rows_of(file)) != other, 'and the comparison can tell a temperature that stayed'
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('test_vit', {}), ('vit_small_patch16_rope_224', dict(img_size=160, embed_dim=48, depth=1, num_heads=2)),
+    ('vit_tiny_rope_mixed', dict(KWARGS, img_size=160, rope_encoding='none')),
+    ('swin_tiny_rope_axial', dict(img_size=128, embed_dim=16, depths=(1,), num_heads=(1,), rope_encoding='none'))])
+def test_what_has_no_rotation_of_ours_is_evaluated_once(name, kwargs, data, tmp_path, capsys):
+    model = timm.create_model(name, num_classes=CLASSES, **kwargs)
+    save_for_hf(model, str(tmp_path / 'peer'), model_config=dict(num_classes=CLASSES, model_args=kwargs))
+    source = f'local-dir:{tmp_path / "peer"}'
+    assert sweep(data, source, '--sizes', '160', '--results', tmp_path / 'r.json', '--rope-scaling', *RULES) == 0
+    row, = rows_of(tmp_path / 'r.json')
+    assert row['rope_scaling'] is None
+    assert capsys.readouterr().out.splitlines()[1:] == [f'{source}  {row["top1"]:.2f}']
+
+
+def test_other_weights_are_asked_anew_for_rules(data, tmp_path):
+    file = tmp_path / 'r.json'
+    for size, kwargs in (('96', dict(rope_encoding='none')), ('72', {})):
+        source = save(tmp_path / 'w.pth', 'vit_tiny_rope_mixed', 48, model_kwargs=kwargs)
+        assert sweep(data, source, '--sizes', size, '--results', file, '--rope-scaling', 'yarn') == 0
+    assert [(row['height'], row['rope_scaling']) for row in rows_of(file)] == [(96, None), (72, 'yarn')]
+
+
+def test_a_complete_run_with_rules_loads_nothing(compared, data, monkeypatch, capsys):
+    mixed, ape, folder, out = compared
+    before = (folder / 'r.json').read_bytes()
+    monkeypatch.setattr(timm, 'create_model', None)
+    assert sweep(data, ape, mixed, '--sizes', '96', '--results', folder / 'r.json', '--rope-scaling', 'yarn') == 0
+    words = [line.rsplit(maxsplit=1)[0] for line in capsys.readouterr().out.splitlines()]
+    assert words == ['top-1, %', ape, f'{mixed} [yarn]']
+    assert (folder / 'r.json').read_bytes() == before
+
+
+def test_a_rerun_adds_rules_to_results_of_before_there_were_any(data, tmp_path, monkeypatch):
+    file, table, built = tmp_path / 'r.json', tmp_path / 'r.csv', []
+    mixed, ape = (save(tmp_path / f'{name}.pth', name, 48) for name in ('vit_tiny_rope_mixed', 'vit_tiny_ape'))
+    assert sweep(data, mixed, ape, '--sizes', '96', '--results', file) == 0
+    content = json.loads(file.read_text())
+    for row in content['results']:
+        del row['rope_scaling'], row['takes_rules']
+    assert content['format'] == 'timm_rope sweep 1', 'as before'
+    file.write_text(json.dumps(content))
+    table.write_text('model,height,width,top1,top5,right_top1,right_top5,images,images_per_second,crop_pct,'
+                     'interpolation,parameters\n')
+    create = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: built.append(1) or create(*args, **kwargs))
+    args = (data, mixed, ape, '--sizes', '96', '--results', file, '--csv', table)
+    assert sweep(*args) == 0
+    assert json.loads(file.read_text()) == content and not built
+    assert sweep(*args, '--rope-scaling', 'yarn') == 0
+    after = json.loads(file.read_text())
+    assert after['results'][:2] == content['results'], 'the baseline is not evaluated again'
+    row, = after['results'][2:]
+    assert (row['model'], row['rope_scaling']) == (mixed, 'yarn')
+    # versions of before there were rules tell rows by model and size alone, and refuse another format
+    assert after['format'] == 'timm_rope sweep 2'
+    assert len(table.read_text().splitlines()) == 3
+
+
 # -- what it costs
 
-def test_a_model_is_loaded_once_and_an_image_read_once_for_each_size(data, spherical, monkeypatch, tmp_path):
+@pytest.mark.parametrize('rules', [[], ['--rope-scaling', 'yarn', 'ntk']])
+def test_a_model_is_loaded_once_and_an_image_once_for_each_evaluation(rules, data, spherical, monkeypatch, tmp_path):
     built, read, seen = [], [], []
     create, item = timm.create_model, ImageDataset.__getitem__
     monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: built.append(1) or create(*args, **kwargs))
@@ -270,13 +420,13 @@ def test_a_model_is_loaded_once_and_an_image_read_once_for_each_size(data, spher
     try:
         second = save(tmp_path / 'b.pth', 'vit_tiny_rope_mixed', 48)
         built.clear()
-        assert sweep(data, spherical, second, '--sizes', *TEXTS[:3], '-b', 16) == 0
+        assert sweep(data, spherical, second, '--sizes', *TEXTS[:3], '-b', 16, *rules) == 0
     finally:
         hook.remove()
-    n = CLASSES * PER_CLASS
+    n, evaluations = CLASSES * PER_CLASS, 12 if rules else 6
     assert len(built) == 2
-    assert sorted(read) == sorted(list(range(n)) * 6)
-    assert sum(seen) == 6 * (n + 1), 'one blank image at each size'
+    assert sorted(read) == sorted(list(range(n)) * evaluations)
+    assert sum(seen) == evaluations * (n + 1), 'one blank image for each'
 
 
 # -- interrupted and continued
@@ -361,7 +511,10 @@ def test_results_of_another_run_at_the_same_time_are_not_overwritten(data, spher
 
 @pytest.mark.parametrize('content', [
     '', '{"epoch": 1}', '[]', '{"format": "timm_rope sweep 1", "arguments": {}, "results": [{"model": "x"}]}',
-    '{"format": "another", "arguments": {}, "results": []}', '\x00\xff'])
+    '{"format": "another", "arguments": {}, "results": []}', '\x00\xff',
+    '{"format": "timm_rope sweep 2", "arguments": {}, "results": [{"model": "x", "rope_scaling": ["yarn"], '
+    '"height": 1, "width": 1, "top1": 1, "top5": 1, "right_top1": 1, "right_top5": 1, "images": 1, '
+    '"images_per_second": 1}]}'])
 def test_a_foreign_results_file_is_refused(content, data, spherical, tmp_path, capsys):
     file = tmp_path / 'r.json'
     file.write_bytes(content.encode('latin-1'))
@@ -408,6 +561,7 @@ def bad(data, tmp_path, monkeypatch):
     for folder in ('one/n0', 'three/n0', 'three/n1', 'three/n2'):
         Image.new('RGB', (50, 50)).save(f'{folder}/0.png')
     save('good.pth', SPHERICAL, 48)
+    save('liere.pth', 'vit_tiny_rope_liere', 48)
     Path('trap.pth').write_bytes(pickle.dumps({'state_dict': Trap()}))
     Path('text.pth').write_text('no weights')
     torch.save({'state_dict': make(SPHERICAL, 48, rope_order='xy').state_dict()}, 'order.pth')
@@ -438,6 +592,12 @@ def bad(data, tmp_path, monkeypatch):
     (['DATA', 'GOOD', '--crop-pct', 'nan'], '--crop-pct must be'),
     (['DATA', 'GOOD', '--model-kwargs', 'num_classes=3'], 'it is that of the weights'),
     (['DATA', 'GOOD', '--model-kwargs', 'rope_wings=3'], "takes no option 'wings'"),
+    (['DATA', 'GOOD', 'vit_tiny_rope_liere=liere.pth', '--rope-scaling', 'extrapolate', 'ntk+log_n'],
+     "vit_tiny_rope_liere=liere.pth [ntk+log_n] at 48x48: scaling must be one of 'extrapolate', 'interpolate' for"),
+    (['DATA', 'GOOD', '--rope-scaling', 'yarn', '--model-kwargs', 'rope_scaling=yarn'],
+     '--rope-scaling and --model-kwargs rope_scaling contradict each other'),
+    (['DATA', 'GOOD', '--rope-scaling', 'yarn', '--model-kwargs', 'rope_log_n=True'],
+     '--rope-scaling and --model-kwargs rope_log_n contradict each other'),
     (['DATA', 'GOOD', '--device', 'toaster'], 'toaster'),
     (['DATA', 'GOOD', '--csv', 'there.csv'], 'there.csv is no table of sweep'),
     (['DATA', 'GOOD', '--csv', 'no/r.csv'], '--csv must be a file *.csv in a folder'),
@@ -458,7 +618,9 @@ def test_refused(args, said, bad, capsys):
 @pytest.mark.parametrize('args, said', [
     (['--sizes', '48', '0'], "N or HEIGHTxWIDTH in pixels, got '0'"), (['--sizes', '48,64'], "got '48,64'"),
     (['--sizes', '-48'], '--sizes'), (['-b', '0'], 'integer of at least 1'), (['-b', 'x'], "got 'x'"),
-    (['--amp-dtype', 'float8'], 'float8')])
+    (['--amp-dtype', 'float8'], 'float8'), (['--rope-scaling'], 'expected at least one argument'),
+    (['--rope-scaling', 'yarn', 'linear'], "one of extrapolate, interpolate, ntk, yarn, with or without +log_n, got "),
+    (['--rope-scaling', 'yarn+log_n+log_n'], "got 'yarn+log_n+log_n'"), (['--rope-scaling', '+log_n'], "got '+log_n'")])
 def test_refused_by_the_parser(args, said, data, spherical, capsys):
     with pytest.raises(SystemExit, match='2'):
         sweep(data, spherical, *args)
@@ -506,9 +668,28 @@ def test_plot(data, spherical, tmp_path, monkeypatch):
         assert sorted(line.get_ydata()[:2]) == sorted([top1[48, 48], top1[32, 72]])
     assert sorted(label.get_text() for label in axes.get_xticklabels()) == ['32x72\n48', '96'] or sorted(
         label.get_text() for label in axes.get_xticklabels()) == ['48\n32x72', '96']
+    assert sweep(*args, '--rope-scaling', 'yarn', 'ntk') == 0
+    axes, = drawn[1].axes
+    assert [line.get_label() for line in axes.lines] == [
+        f'{source} [{rule}]' for source in (spherical, second) for rule in ('yarn', 'ntk')]
+    for line, rule in zip(axes.lines, ('yarn', 'ntk')):
+        assert line.get_ydata()[2] == next(
+            row['top1'] for row in rows_of(tmp_path / 'r.json')
+            if (row['model'], row['rope_scaling'], row['height']) == (spherical, rule, 96))
     with Image.open(tmp_path / 'r.png') as image:
         assert image.format == 'PNG' and len(np.unique(np.array(image))) > 10
     assert sweep(*args) == 0, 'our own plot is replaced'
+
+
+def test_lines_of_a_plot_can_be_told_apart(tmp_path, monkeypatch):
+    figures = pytest.importorskip('matplotlib.figure')
+    drawn = []
+    monkeypatch.setattr(figures.Figure, 'savefig', lambda self, *args, **kwargs: drawn.append(self))
+    rows = [dict(model=model, rope_scaling=rule + log_n, height=48, width=48, top1=50.)
+            for model in 'abc' for rule in ('extrapolate', 'interpolate', 'ntk', 'yarn') for log_n in ('', '+log_n')]
+    write_plot(tmp_path / 'r.png', rows)
+    axes, = drawn[0].axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == len(rows) == 24
 
 
 def test_a_plot_needs_matplotlib(data, spherical, tmp_path, monkeypatch, capsys):

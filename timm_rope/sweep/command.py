@@ -1,25 +1,21 @@
-"""`python -m timm_rope sweep`: models over image sizes, each loaded once, resumable."""
+"""`python -m timm_rope sweep`: models over image sizes and rules for larger grids, each loaded once, resumable."""
 import argparse
-import hashlib
 import os
 import re
 import sys
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List
 
 import torch
 from timm.utils import ParseKwargs
 
-from .._version import __version__
-from .evaluate import Evaluation, Size, open_images
-from .models import Source, Subject, load, parse_source
-from .results import Results
+from .evaluate import Size
+from .rules import parse_rule
+from .tasks import Sweep
 from .views import check_csv, check_plot, format_table, write_csv, write_plot
 
 SIZES = ((144, 144), (192, 192), (224, 224), (256, 256), (320, 320), (384, 384), (512, 512))  # of arXiv 2403.13298
 SUFFIXES = dict(results='.json', csv='.csv', plot='.png')
-Task = Tuple[Source, Size]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              'local-dir:FOLDER or hf-hub:ORG/NAME; any model of timm')
     parser.add_argument('--sizes', nargs='+', type=parse_size, default=list(SIZES), metavar='SIZE',
                         help='image sizes in pixels, N or HEIGHTxWIDTH (default: 144 192 224 256 320 384 512)')
+    parser.add_argument('--rope-scaling', nargs='+', type=parse_rule, metavar='RULE',
+                        help='rules for grids larger than that of training, each evaluated by itself: extrapolate, '
+                             'interpolate, ntk, yarn, and with log-n temperature extrapolate+log_n, ...; models '
+                             'without a rotation of timm_rope are evaluated once (default: the rule each was built '
+                             'with)')
     parser.add_argument('--results', type=Path, metavar='FILE.json',
                         help='write results to this file after each evaluation; a rerun skips what is in it')
     parser.add_argument('--csv', type=Path, metavar='FILE.csv', help='write a table at the end')
@@ -51,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-j', '--workers', type=integer_from(0), default=4, metavar='N',
                         help='processes that read images (default: 4)')
     parser.epilog = (
-        'Images are prepared as by validate.py --img-size. A ViT extrapolates from the grid that it was trained on; '
-        'the windows of a Swin grow with the image. Exit status: 0; 1 if an evaluation failed, 2 if it could not '
-        'begin, 130 if it was interrupted. What was done until then is kept.')
+        'Images are prepared as by validate.py --img-size. A ViT extrapolates from the grid that it was trained on, '
+        'or follows --rope-scaling; the windows of a Swin grow with the image. Exit status: 0; 1 if an evaluation '
+        'failed, 2 if it could not begin, 130 if it was interrupted. What was done until then is kept.')
 
 
 def parse_size(text: str) -> Size:
@@ -116,6 +117,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f'--crop-pct must be above 0 and at most 1, got {args.crop_pct}.')
     if 'num_classes' in args.model_kwargs:
         raise ValueError('--model-kwargs must not hold num_classes: it is that of the weights.')
+    rivals = ' '.join(key for key in ('rope_scaling', 'rope_log_n') if key in args.model_kwargs)
+    if args.rope_scaling and rivals:
+        raise ValueError(f'--rope-scaling and --model-kwargs {rivals} contradict each other: give one of them.')
     for option in ('results', 'csv', 'plot'):
         path, suffix = getattr(args, option), SUFFIXES[option]
         if path is not None and (
@@ -125,80 +129,3 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_csv(args.csv)
     if args.plot is not None:
         check_plot(args.plot)
-
-
-class Sweep:
-    """All that is to be evaluated, loaded and tried; what the results file holds already is left out.
-
-    Args:
-        args: Of the command.
-
-    Raises:
-        ValueError: Anything that would make an evaluation fail or senseless. Nothing has been evaluated or written.
-    """
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        sources = [parse_source(text) for text in dict.fromkeys(args.models)]
-        self.tasks: List[Task] = [(source, size) for source in sources for size in dict.fromkeys(args.sizes)]
-        dataset = open_images(args.data)
-        self.results = Results(args.results, self._arguments(dataset))
-        self.hashes: Dict[Source, Optional[str]] = {source: source.sha256() for source in sources}
-        self.pending = [task for task in self.tasks if self._row(task) is None]
-        device = torch.device(args.device)
-        if device.type == 'cuda' and torch.cuda.is_available():
-            torch.backends.cuda.matmul.allow_tf32 = True  # as validate.py
-        self.evaluation = Evaluation(
-            dataset, device, args.batch_size, args.workers, args.crop_pct,
-            getattr(torch, args.amp_dtype) if args.amp else None, args.channels_last)
-        self.subjects: Dict[Source, Subject] = {}
-        for source, size in self.pending:
-            if source not in self.subjects:
-                self.subjects[source] = self._load(source, len(dataset.reader.class_to_idx))
-            try:
-                self.evaluation.check(self.subjects[source], size)
-            except Exception as error:  # of any model of timm
-                raise ValueError(f'{source.text} at {size[0]}x{size[1]}: {error or type(error).__name__}') from error
-
-    def _arguments(self, dataset: Any) -> Dict[str, Any]:
-        """What changes an accuracy, beside model and size."""
-        names = '\n'.join(f'{name} {target}' for name, (_, target) in zip(dataset.filenames(), dataset.reader.samples))
-        return dict(
-            data=str(self.args.data.resolve()), images=len(dataset), classes=len(dataset.reader.class_to_idx),
-            names_sha256=hashlib.sha256(names.encode()).hexdigest(), crop_pct=self.args.crop_pct,
-            amp=self.args.amp_dtype if self.args.amp else None, use_ema=self.args.use_ema,
-            model_kwargs=self.args.model_kwargs)
-
-    def _load(self, source: Source, classes: int) -> Subject:
-        try:
-            subject = load(source, self.args.model_kwargs, self.args.use_ema)
-        except Exception as error:  # of any model of timm
-            raise ValueError(f'{source.text}: {error or type(error).__name__}') from error
-        if subject.model.num_classes != classes:
-            raise ValueError(
-                f'{source.text} has {subject.model.num_classes} classes, {self.args.data} has {classes}: they must be '
-                f'the same, in the same order.')
-        return subject
-
-    def _row(self, task: Task) -> Optional[Dict[str, Any]]:
-        return self.results.find(task[0].text, task[1], self.hashes[task[0]])
-
-    def rows(self) -> List[Dict[str, Any]]:
-        """Results so far, in the order asked for."""
-        return [row for row in map(self._row, self.tasks) if row is not None]
-
-    def progress(self) -> str:
-        done = f'{len(self.rows())} of {len(self.tasks)} evaluations are done'
-        return done if self.results.path is None else f'{done} and in {self.results.path}, a rerun continues'
-
-    def run(self) -> None:
-        """Evaluate what is pending; every result is recorded at once."""
-        versions = {'timm_rope': __version__, **{name: metadata.version(name) for name in ('timm', 'torch')}}
-        for number, (source, (height, width)) in enumerate(self.pending, 1):
-            title = f'[{number}/{len(self.pending)}] {source.text} {height}x{width}'
-            row = self.evaluation.run(self.subjects[source], (height, width), title)
-            self.results.add(dict(
-                model=source.text, sha256=self.hashes[source], height=height, width=width, **row,
-                batch_size=self.args.batch_size, device=self.args.device, versions=versions))
-            if all(later is not source for later, _ in self.pending[number:]):
-                del self.subjects[source]

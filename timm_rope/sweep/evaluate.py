@@ -1,4 +1,4 @@
-"""One model on the images of a folder, at one size, as timm's validate.py does it."""
+"""One model on the images of a folder, at one size and by one rule, as timm's validate.py does it."""
 import copy
 import sys
 import time
@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .models import Subject
+from .rules import set_rule
 
 Size = Tuple[int, int]
 
@@ -67,15 +68,18 @@ class Evaluation:
         self.amp_dtype = amp_dtype
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
-    def at_size(self, subject: Subject, size: Size) -> Tuple[nn.Module, Dict[str, Any]]:
+    def at_size(self, subject: Subject, size: Size, rule: Optional[str]) -> Tuple[nn.Module, Dict[str, Any]]:
         """A copy of the model for images of (height, width), on the device, and how these are prepared.
 
         Each size starts from the weights as they were loaded: a position embedding is never resized twice. The share
-        that is cropped is the same at every size, as with validate.py --img-size.
+        that is cropped is the same at every size, as with validate.py --img-size. Without a rule the model keeps
+        its own.
         """
         model: Any = copy.deepcopy(subject.model)
         if hasattr(model, 'set_input_size'):  # others take any size, or refuse the image
             model.set_input_size(img_size=size)
+        if rule is not None:
+            set_rule(model, rule)
         channels = getattr(model, 'in_chans', 3)
         wanted = {**subject.data, 'input_size': (channels, *size)}
         if self.crop_pct is not None:
@@ -84,18 +88,18 @@ class Evaluation:
         return model.to(self.device).to(memory_format=self.layout), config
 
     @torch.inference_mode()
-    def check(self, subject: Subject, size: Size) -> None:
+    def check(self, subject: Subject, size: Size, rule: Optional[str]) -> None:
         """Try a blank image.
 
         Raises:
             Exception: Whatever the model objects to.
         """
-        model, config = self.at_size(subject, size)
+        model, config = self.at_size(subject, size, rule)
         with self._autocast():
             model(torch.zeros(1, *config['input_size'], device=self.device).contiguous(memory_format=self.layout))
 
     @torch.inference_mode()
-    def run(self, subject: Subject, size: Size, title: str) -> Dict[str, Any]:
+    def run(self, subject: Subject, size: Size, rule: Optional[str], title: str) -> Dict[str, Any]:
         """Classify all images.
 
         Returns:
@@ -105,7 +109,7 @@ class Evaluation:
         Raises:
             RuntimeError: Logits that are not finite.
         """
-        model, config = self.at_size(subject, size)
+        model, config = self.at_size(subject, size, rule)
         channels = config['input_size'][0]
         self.dataset.input_img_mode = 'RGB' if channels == 3 else 'L'
         loader = create_loader(

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-FORMAT = 'timm_rope sweep 1'
+FORMATS = ('timm_rope sweep 1', 'timm_rope sweep 2')  # without and with rules: what knows none must not read them
 NUMBERS = ('height', 'width', 'top1', 'top5', 'right_top1', 'right_top5', 'images', 'images_per_second')
 
 
@@ -19,11 +19,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 class Results:
-    """Rows of results by model and size; in a file, if a path is given.
+    """Rows of results by model, size and rule; in a file, if a path is given.
 
     Args:
         path: File, read if it exists; None keeps the results in memory.
-        arguments: All that changes an accuracy beside model and size, plain JSON values.
+        arguments: All that changes an accuracy beside model, size and rule, plain JSON values.
 
     Raises:
         ValueError: The file is none of this command, or was written with other arguments. It is not touched.
@@ -43,9 +43,9 @@ class Results:
         try:
             found = json.loads(content)
             rows = found['results']
-            whole = found['format'] == FORMAT and isinstance(found['arguments'], dict) and all(
-                isinstance(row['model'], str) and all(isinstance(row[key], (int, float)) for key in NUMBERS)
-                for row in rows)
+            whole = found['format'] in FORMATS and isinstance(found['arguments'], dict) and all(
+                isinstance(row['model'], str) and isinstance(row.get('rope_scaling'), (str, type(None)))
+                and all(isinstance(row[key], (int, float)) for key in NUMBERS) for row in rows)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f'{path} is no results file of sweep ({error!r}). {advice}') from None
         if not whole:
@@ -57,19 +57,27 @@ class Results:
             raise ValueError(f'{path} was written with other arguments: {listed}. {advice}')
         return rows
 
-    def find(self, model: str, size: Tuple[int, int], sha256: Optional[str]) -> Optional[Dict[str, Any]]:
-        """The row of a model at a size, None if there is none yet.
+    def find(
+            self, model: str, rule: Optional[str], size: Tuple[int, int], sha256: Optional[str],
+    ) -> Optional[Dict[str, Any]]:
+        """The row of a model at a size by a rule, None if there is none yet.
 
         Raises:
             ValueError: There is one, but the weights have changed since.
         """
         for row in self.rows:
-            if (row['model'], row['height'], row['width']) == (model, *size):
+            if (row['model'], row.get('rope_scaling'), row['height'], row['width']) == (model, rule, *size):
                 if row.get('sha256') != sha256:
                     raise ValueError(
                         f'{model}: the weights have changed since {self.path} was written. Name another results file.')
                 return row
         return None
+
+    def takes_rules(self, model: str, sha256: Optional[str]) -> Optional[bool]:
+        """Whether there are rules for a model, None if no row of these weights says so."""
+        return next((
+            row['takes_rules'] for row in self.rows
+            if (row['model'], row.get('sha256')) == (model, sha256) and 'takes_rules' in row), None)
 
     def add(self, row: Dict[str, Any]) -> None:
         """Add a row, and write the file.
@@ -84,6 +92,7 @@ class Results:
         if now != self._seen:
             raise RuntimeError(
                 f'{self.path} was changed by another program and was left as it is. Lost: {json.dumps(row)}')
-        content = dict(format=FORMAT, arguments=self.arguments, results=self.rows)
+        with_rules = any(row.get('rope_scaling') is not None for row in self.rows)
+        content = dict(format=FORMATS[with_rules], arguments=self.arguments, results=self.rows)
         self._seen = (json.dumps(content, indent=1) + '\n').encode()
         write_whole(self.path, self._seen)

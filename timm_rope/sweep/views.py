@@ -3,15 +3,19 @@ import csv
 import importlib.util
 import io
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional, Tuple
 
 from .results import write_whole
+from .rules import label_of
 
 COLUMNS = (
-    'model', 'height', 'width', 'top1', 'top5', 'right_top1', 'right_top5', 'images', 'images_per_second', 'crop_pct',
-    'interpolation', 'parameters')
+    'model', 'rope_scaling', 'height', 'width', 'top1', 'top5', 'right_top1', 'right_top5', 'images',
+    'images_per_second', 'crop_pct', 'interpolation', 'parameters')
+WITHOUT_RULES = tuple(name for name in COLUMNS if name != 'rope_scaling')  # what earlier versions wrote
 SOFTWARE = 'timm_rope sweep'
+DASHES = ('-', '--', ':', '-.')  # matplotlib has ten colours, rules times models may be more
 Rows = List[Dict[str, Any]]
+Line = Tuple[str, Optional[str]]
 
 
 def size_text(row: Dict[str, Any]) -> str:
@@ -19,12 +23,17 @@ def size_text(row: Dict[str, Any]) -> str:
     return str(row['height']) if square else f'{row["height"]}x{row["width"]}'
 
 
+def line_of(row: Dict[str, Any]) -> Line:
+    """Model and rule, which are one line of table and plot."""
+    return row['model'], row.get('rope_scaling')
+
+
 def format_table(rows: Rows) -> str:
-    """Top-1 accuracies in per cent, a line for each model, a column for each size."""
-    models, sizes = (list(dict.fromkeys(values)) for values in (
-        [row['model'] for row in rows], [size_text(row) for row in rows]))
-    found = {(row['model'], size_text(row)): f'{row["top1"]:.2f}' for row in rows}
-    lines = [['top-1, %', *sizes], *([model, *(found.get((model, size), '') for size in sizes)] for model in models)]
+    """Top-1 accuracies in per cent, a line for each model and rule, a column for each size."""
+    models, sizes = list(dict.fromkeys(map(line_of, rows))), list(dict.fromkeys(map(size_text, rows)))
+    found = {(line_of(row), size_text(row)): f'{row["top1"]:.2f}' for row in rows}
+    lines = [['top-1, %', *sizes], *(
+        [label_of(*model), *(found.get((model, size), '') for size in sizes)] for model in models)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return '\n'.join('  '.join(
         [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
@@ -35,7 +44,8 @@ def check_csv(path: Path) -> None:
     """Raise ValueError if there is a file that is not a table of ours."""
     if path.exists():
         with path.open('rb') as file:
-            if file.readline(1000).decode(errors='replace').strip() != ','.join(COLUMNS):
+            heading = file.readline(1000).decode(errors='replace').strip()
+            if heading not in (','.join(COLUMNS), ','.join(WITHOUT_RULES)):
                 raise ValueError(f'--csv: {path} is no table of sweep and is not replaced: name another file.')
 
 
@@ -65,7 +75,7 @@ def check_plot(path: Path) -> None:
 
 
 def write_plot(path: Path, rows: Rows) -> None:
-    """Draw top-1 accuracy against image size as PNG, a line for each model.
+    """Draw top-1 accuracy against image size as PNG, a line for each model and rule.
 
     An image that is not square stands where the square one of as many pixels would.
     """
@@ -74,11 +84,13 @@ def write_plot(path: Path, rows: Rows) -> None:
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.add_subplot()
     ticks: Dict[float, str] = {}
-    for model in dict.fromkeys(row['model'] for row in rows):
+    for number, line in enumerate(dict.fromkeys(map(line_of, rows))):
         points = sorted((
             ((row['height'] * row['width']) ** .5, row['top1'], size_text(row)) for row in rows
-            if row['model'] == model), key=lambda point: point[:2])
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker='o', label=model)
+            if line_of(row) == line), key=lambda point: point[:2])
+        axes.plot(
+            [x for x, _, _ in points], [y for _, y, _ in points], marker='o', label=label_of(*line),
+            linestyle=DASHES[number // 10 % len(DASHES)])
         for x, _, text in points:
             if text not in ticks.get(x, '').split('\n'):
                 ticks[x] = f'{ticks[x]}\n{text}' if x in ticks else text
