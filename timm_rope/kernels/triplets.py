@@ -37,36 +37,51 @@ def turn_back(
         dq: Tensor, dk: Tensor, dv: Tensor, payload: Tensor, rotation: Rotation,
         q: Optional[Tensor], k: Optional[Tensor], payload_grad: bool,
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    B, H, N, D = dv.shape
     out = pack(dq, dk, dv)
-    sequence = derived(payload, steps, rotation)
-    back = [turns.conj_physical() for _, turns in sequence]
-    if not payload_grad or q is None or k is None:
-        for (start, _), turns in zip(reversed(sequence), reversed(back)):
-            times_(out[:, :, :2], start, turns)
-        return out, None
+    total = None
+    if payload_grad and q is not None and k is not None:
+        total = angle_gradient(out, q, k, payload, rotation)
+    for start, turns in reversed(derived(payload, steps, rotation)):
+        times_(out[:, :, :2], start, turns.conj_physical())
+    return out, total
 
+
+def angle_gradient(grads: Tensor, q: Tensor, k: Tensor, payload: Tensor, rotation: Rotation) -> Tensor:
+    """Gradient of the payload, along the circles that its cosines and sines are on.
+
+    Turning y about an axis by a small angle adds axis x y to it. So the derivative by the angle of the last rotation is
+    the part of y x g along its axis, with g the gradient of y, and that by the angle of the first one is the same of
+    y and g before the last. y x g turns as both do: it can be summed over queries, keys and images and turned then.
+
+    Args:
+        grads: Gradients of the turned queries and keys, (B, N, 2 or 3, H, D).
+        q: Turned queries (B, H, N, D).
+        k: Turned keys.
+        payload: As in the forward pass.
+        rotation: As in the forward pass.
+    """
+    B, N, _, H, D = grads.shape
     each = payload.ndim == 4  # every image has its own payload
-    totals = [out.new_zeros(B if each else images_at_a_time(dv), N, 2, H, D) for _ in sequence]
-    for images in pieces(dv):
-        own = images if each else slice(images.stop - images.start)
-        grads = out[images, :, :2]
-        mirrored = pack(q[images], k[images])
-        # its pairs seen from 0 are the conjugates of y, those seen from 1 the opposites of the conjugates
-        mirrored[..., 1::2].neg_()
-        for i in (2, 1, 0):
-            start, turns = sequence[i]
-            add_products_(totals[i][own], grads, mirrored, start)
-            times_(grads, start, back[i][images] if each else back[i])
-            if i:
-                times_(mirrored, start, turns[images] if each else turns)
-    products = []
-    for total, (start, turns) in zip(totals, sequence):
-        product = seen_from(total if each else total.sum(0), start).sum(-3).mul_(-1 if start else 1)
-        # with y = c x it is g conj(x) = g conj(y) c
-        product = (product.sum(-2, keepdim=True) if turns.shape[-2] == 1 else product) * turns
-        products.append(product)
-    return out, payload_gradient(products, payload, rotation)
+    # y_c g_{c+shift} - y_{c+shift} g_c of every channel c, whether these are of one triplet or not: whole rows are fast
+    sums = {shift: grads.new_zeros(B if each else images_at_a_time(q), N, H * D) for shift in (1, 2)}
+    for i, turned in enumerate((q, k)):
+        rows = turned.transpose(1, 2).flatten(2)
+        for images in pieces(q):
+            own = images if each else slice(images.stop - images.start)
+            y, g = rows[images], grads[images, :, i].flatten(2)
+            for shift, total in sums.items():
+                total = total[own, :, :-shift]
+                total.addcmul_(y[..., :-shift], g[..., shift:]).addcmul_(y[..., shift:], g[..., :-shift], value=-1)
+    near, far = ((total if each else total.sum(0)).unflatten(-1, (H, D)).transpose(-2, -3) for total in sums.values())
+    if payload.shape[-3] == 1:
+        near, far = near.sum(-3, keepdim=True), far.sum(-3, keepdim=True)
+    along = near[..., 1:rotation.rotated:3], -far[..., :rotation.rotated:3], near[..., :rotation.rotated:3]
+    cos_y, sin_y, cos_x, sin_x = payload.unflatten(-1, (4, rotation.groups)).unbind(-2)
+    if first_channels(rotation) == (1, 0):
+        by_y, by_x = cos_x * along[0] + sin_x * along[1], along[2]
+    else:
+        by_y, by_x = along[0], cos_y * along[2] - sin_y * along[1]
+    return torch.cat((-sin_y * by_y, cos_y * by_y, -sin_x * by_x, cos_x * by_x), dim=-1)
 
 
 def steps(payload: Tensor, rotation: Rotation) -> List[Tuple[int, Tensor]]:
@@ -80,16 +95,6 @@ def steps(payload: Tensor, rotation: Rotation) -> List[Tuple[int, Tensor]]:
     for product, step, groups, pairs in places(rotation):
         turns[product][..., pairs] = sequence[step][..., groups]
     return list(zip(starts, turns))
-
-
-def payload_gradient(totals: List[Tensor], payload: Tensor, rotation: Rotation) -> Tensor:
-    """Gradients of the turns of the three multiplications -> gradient of the payload."""
-    sequence = [totals[0].new_zeros(*totals[0].shape[:-1], rotation.groups) for _ in range(2)]
-    for product, step, groups, pairs in places(rotation):
-        sequence[step][..., groups] = totals[product][..., pairs]
-    roll, yaw = sequence if first_channels(rotation) == (1, 0) else reversed(sequence)
-    parts = torch.stack((roll.real, roll.imag, yaw.real, yaw.imag), dim=-2)
-    return parts.transpose(-3, -4).reshape(payload.shape)
 
 
 def first_channels(rotation: Rotation) -> Tuple[int, int]:
@@ -116,14 +121,6 @@ def times_(x: Tensor, start: int, turns: Tensor) -> None:
     pairs.mul_(turns.unsqueeze(-3))
     if start and x.dtype != torch.float32:
         x[..., start:start + 2 * pairs.shape[-1]].copy_(torch.view_as_real(pairs).flatten(-2))
-
-
-def add_products_(total: Tensor, x: Tensor, y: Tensor, start: int) -> None:
-    """Add the products of the pairs of x and y to the pairs of `total`, all (images, N, 2, H, D)."""
-    out = seen_from(total, start)
-    out.addcmul_(seen_from(x, start), seen_from(y, start))
-    if start and x.dtype != torch.float32:
-        total[..., start:start + 2 * out.shape[-1]].copy_(torch.view_as_real(out).flatten(-2))
 
 
 def seen_from(x: Tensor, start: int) -> Tensor:
