@@ -9,25 +9,24 @@ methods, seeds or tasks, run it again: what is there is not done twice. `--scale
 wider models, bfloat16 and torch.compile.
 """
 import argparse
-import functools
 import importlib.util
 import itertools
-import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from comparison.direction import Direction
-from comparison.images import Loaded, SmallImages
+from comparison.budget import within_budget
+from comparison.images import steps_per_epoch
+from comparison.jobs import Job, open_task, results_of
 from comparison.recipe import RECIPES, Recipe
 from comparison.report import plot_accuracy, plot_curves, tables
-from comparison.training import POINTS, Training, build, run, test, test_rules
+from comparison.training import POINTS
 from machine import Row, describe, device_of, integer_from, read_result, summary, write_result
+from tqdm import tqdm
 
 from timm_rope.small_data import NoImages
 
@@ -36,193 +35,39 @@ METHODS = ('ape', 'axial', 'axial_learned', 'uniform', 'spherical', 'spherical_l
 MORE = ('spiral', 'none')
 TASKS = tuple(RECIPES['small'])
 RESULT = 'compare.json'
-RESERVE = .85  # share of a budget that is planned for: other programs may need the machine, too
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run: everything a process needs to know."""
-    task: str
-    method: str
-    seed: int
-    recipe: Recipe
-    device: str
-    folder: Path
-    data_dir: Optional[Path]
-    data_workers: int
-    deadline: Optional[float] = None  # seconds since the epoch
-
-    @property
-    def key(self) -> Tuple[str, str, int]:
-        return self.task, self.method, self.seed
-
-    @property
-    def unfinished(self) -> Path:
-        return self.folder / 'unfinished' / f'{self.task}-{self.method}-{self.seed}.pt'
-
-
-@functools.lru_cache(maxsize=1)
-def open_task(name: str, data_dir: Optional[Path], device: str, workers: int) -> Any:
-    """The task, with its images in memory or found.
-
-    Raises:
-        NoImages, ValueError: There are none, or they are wrong.
-    """
-    where = torch.device(device)
-    if name == 'direction':
-        return Direction(where)
-    if name in ('fashion', 'digits'):
-        return SmallImages('fashion_mnist' if name == 'fashion' else name, data_dir, where)
-    if data_dir is None:
-        raise ValueError(f'the task {name} needs --data-dir, the folder with its images')
-    return Loaded('torch/cifar100' if name == 'cifar100' else '', data_dir, where, workers)
-
-
-def task_of(job: Job) -> Any:
-    return open_task(job.task, job.data_dir, job.device, job.data_workers)
-
-
-# -- one run
-
-def start_worker(positions: Any) -> None:
-    """Take a line for the progress bar and one core: so many small models are faster side by side than on all cores."""
-    global position
-    position = positions.get()
-    torch.set_num_threads(1)
-
-
-position = 0
-
-
-def run_job(job: Job) -> Optional[Row]:
-    """A row of results; None if the time was over before."""
-    def late() -> bool:
-        return job.deadline is not None and time.time() > job.deadline
-
-    if late():
-        return None
-    row = run(
-        task_of(job), job.method, job.seed, job.recipe, job.unfinished, late, position=position, leave=False,
-        desc=f'{job.task} {job.method} {job.seed}')
-    return None if row is None else dict(task=job.task, **row)
-
-
-def seconds_of(job: Job, steps: int = 8) -> Tuple[float, float]:
-    """Seconds of one step, and of all tests of a run, tried for a moment."""
-    task, recipe = task_of(job), replace(job.recipe, steps=steps + 2)
-    training = Training(build(job.method, task, recipe, 0), recipe)
-    begin = 0.
-    for images, labels in task.train_batches(0, 0, recipe.steps, recipe.batch_size, recipe.sizes[0]):
-        if training.step == 2:  # warm
-            begin = time.perf_counter()
-        training.update(images, labels)
-    training.mean_loss()  # waits for a GPU
-    step = (time.perf_counter() - begin) / steps
-    begin = time.perf_counter()
-    few = min(job.recipe.test_images, 200)
-    test(training.model, task, recipe.sizes[0], few)
-    curve = (time.perf_counter() - begin) * min(1000, job.recipe.test_images) / few * POINTS
-    begin = time.perf_counter()
-    list(test_rules(training.model, task, replace(recipe, test_images=few)))
-    return step, curve + (time.perf_counter() - begin) * job.recipe.test_images / few
-
-
-# -- all runs
-
-def within_budget(jobs: List[Job], minutes: float, workers: int, chosen: Dict[str, Recipe]) -> Dict[str, Recipe]:
-    """Recipes with as many steps as fit: the same factor for all tasks, at most four.
-
-    Args:
-        jobs: All runs that are to be done.
-        minutes: For all of them.
-        workers: Runs at a time.
-        chosen: Recipes of tasks that results are there for, which stay.
-
-    Raises:
-        ValueError: Not even a hundredth of the steps would fit.
-    """
-    fixed, variable = 0., 0.
-    for (task, method), group in itertools.groupby(jobs, lambda job: (job.task, job.method)):
-        some = list(group)
-        step, tests = seconds_of(some[0])
-        fixed += tests * len(some)
-        if task in chosen:
-            fixed += step * chosen[task].steps * len(some)
-        else:
-            variable += step * some[0].recipe.steps * len(some)
-        print(f'{task} {method}: {1000 * step:.0f} ms a step, {tests:.0f} s of tests', flush=True)
-    room = 60 * minutes * RESERVE * workers - fixed
-    if not variable:
-        return {}
-    factor = min(4., room / variable)
-    if factor < .01:
-        need = (fixed + variable) / 60 / RESERVE / workers
-        raise ValueError(
-            f'--budget {minutes:g} is too short: tests and a hundredth of the steps take '
-            f'{(fixed + .01 * variable) / 60 / RESERVE / workers:.1f} minutes, all steps {need:.0f} minutes.')
-    return {
-        job.task: replace(job.recipe, steps=max(POINTS, int(job.recipe.steps * factor))) for job in jobs
-        if job.task not in chosen}
-
-
-def results_of(jobs: List[Job], workers: int) -> Iterator[Optional[Row]]:
-    """Rows as they are done; None for a run that the time did not suffice for.
-
-    Raises:
-        RuntimeError: A run failed; names it. Those under way are ended.
-    """
-    def named(job: Job, error: Exception) -> RuntimeError:
-        return RuntimeError(f'{job.task} {job.method}, seed {job.seed}: {type(error).__name__}: {error}')
-
-    if workers == 1:
-        for job in jobs:
-            try:
-                row = run_job(job)
-            except Exception as error:
-                raise named(job, error) from error
-            yield row
-        return
-    context = multiprocessing.get_context('spawn')
-    positions = context.Queue()
-    for number in range(workers):
-        positions.put(number + 1)  # below the bar of all runs
-    pool = ProcessPoolExecutor(workers, context, start_worker, (positions,))
-    try:
-        waiting = {pool.submit(run_job, job): job for job in jobs}
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                job = waiting.pop(future)
-                try:
-                    row = future.result()
-                except Exception as error:
-                    raise named(job, error) from error
-                yield row
-    except BaseException:  # an interruption, too
-        processes = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
-        raise
-    pool.shutdown()
-
+# -- earlier results
 
 def read_earlier(path: Path) -> Tuple[Dict[str, Any], List[Row]]:
     """Tasks and rows of a results file, none if there is no file.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It is something else, or of a version with other recipes or methods.
     """
     if not path.exists():
         return {}, []
     found = read_result(path, partial=True)
     if found['benchmark'] != 'compare' or not isinstance(found['settings'].get('tasks'), dict):
         raise ValueError(f'{path} holds results of {found["benchmark"]!r}, not of compare. It was left as it is.')
-    return found['settings']['tasks'], found['rows']
+    tasks, rows = found['settings']['tasks'], found['rows']
+    try:
+        for about in tasks.values():
+            recipe_of(about)
+        unknown = {row['task'] for row in rows} - set(tasks) | {row['method'] for row in rows} - set(METHODS + MORE)
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = f'{type(error).__name__}: {error}'
+        raise ValueError(f'{path} is of another version of compare ({reason}). Name another folder.') from None
+    if unknown:
+        raise ValueError(f'{path} has results of {", ".join(sorted(unknown))}, unknown here. Name another folder.')
+    return tasks, rows
 
 
 def recipe_of(about: Dict[str, Any]) -> Recipe:
     return Recipe(**{**about['recipe'], 'sizes': tuple(about['recipe']['sizes'])})
 
+
+# -- all runs
 
 class Comparison:
     """All runs that were asked for, and the results there are.
@@ -237,7 +82,10 @@ class Comparison:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.path = args.folder / RESULT
+        self.unfinished = args.folder / 'unfinished'
         self.tasks, self.rows = read_earlier(self.path)
+        if not self.rows and not any(self.unfinished.glob('*.pt')):
+            self.tasks = {}  # nothing came of it
         earlier = {name: recipe_of(about) for name, about in self.tasks.items()}
         wanted = {name: self._recipe(name, earlier.get(name)) for name in args.tasks}
         done = {(row['task'], row['method'], row['seed']) for row in self.rows}
@@ -247,6 +95,7 @@ class Comparison:
             if (name, method, seed) not in done]
         for name in args.tasks:
             task = open_task(name, args.data_dir, str(args.device), args.data_workers)
+            steps_per_epoch(task.train_count, wanted[name].batch_size)
             about = dict(about=task.describe(), scale=args.scale, recipe=asdict(wanted[name]))
             before = self.tasks.setdefault(name, about)
             if {**before, 'recipe': None} != {**about, 'recipe': None}:
@@ -279,16 +128,20 @@ class Comparison:
         if recipe != earlier:
             differ = {k: (v, asdict(recipe)[k]) for k, v in asdict(earlier).items() if asdict(recipe)[k] != v}
             listed = '; '.join(f'{key} {there}, now {here}' for key, (there, here) in differ.items())
-            raise ValueError(f'{self.path} has results of {name} by another recipe: {listed}. Name another folder.')
+            raise ValueError(f'{self.path} has runs of {name} by another recipe: {listed}. Name another folder.')
         return recipe
 
     def run(self) -> int:
         """Do what is to be done; every result is written at once. Returns how many runs are left."""
-        from tqdm import tqdm
-
         machine = describe(self.args.device)
-        (self.args.folder / 'unfinished').mkdir(exist_ok=True)
+        self.unfinished.mkdir(exist_ok=True)
         left = len(self.jobs)
+
+        def write() -> None:
+            write_result(self.path, 'compare', machine, dict(tasks=self.tasks), self.rows, finished=not left)
+
+        if left:  # steps that a budget chose are known to a rerun even if no run comes to its end
+            write()
         with tqdm(total=len(self.rows) + left, initial=len(self.rows), desc='all runs', unit='run', position=0,
                   dynamic_ncols=True) as bar:
             for row in results_of(self.jobs, self.args.workers):
@@ -296,7 +149,7 @@ class Comparison:
                     continue
                 left -= 1
                 self.rows.append(row)
-                write_result(self.path, 'compare', machine, dict(tasks=self.tasks), self.rows, finished=not left)
+                write()
                 bar.update()
         return left
 
@@ -383,6 +236,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (NoImages, ValueError) as error:
         print(f'compare: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('compare: interrupted before the first run.', file=sys.stderr)
+        return 130
+    except (RuntimeError, OSError) as error:
+        print(f'compare: {error}', file=sys.stderr)
+        return 1
     try:
         left = comparison.run()
     except KeyboardInterrupt:
@@ -400,7 +259,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         plot_accuracy(args.folder / 'accuracy.png', rows, comparison.tasks)
         plot_curves(args.folder / 'curves.png', rows, comparison.tasks)
     if left:
-        print(f'The time is over, {left} runs are left: a rerun continues.')
+        print(f'The time is over. Runs that are left: {left}, a rerun continues.')
     return 0
 
 

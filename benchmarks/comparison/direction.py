@@ -1,10 +1,11 @@
 """The direction task: in which of 16 directions lies the dark disc, as seen from the bright one?
 
-Where the two are and how large they are says nothing about the answer, only their offset does: the thing that a
-relative encoding computes and an absolute one has to learn for every pair of places. 4 of the directions are along
-the axes, 12 are oblique. Scenes are made of numbers and drawn at any resolution.
+How large the two are says nothing about the answer, where one of them is says little (both must be inside the image).
+Their offset does: what a relative encoding computes, and an absolute one has to learn for every pair of places. 4 of
+the directions are along the axes, 12 are oblique. Scenes are made of numbers and drawn at any resolution.
 """
 import math
+import sys
 from typing import Iterator, Tuple
 
 import torch
@@ -57,6 +58,7 @@ class Direction:
 
     num_classes = DIRECTIONS
     in_chans = 1
+    train_count = sys.maxsize
     groups = {
         'along an axis': tuple(range(0, DIRECTIONS, DIRECTIONS // 4)),
         'oblique': tuple(k for k in range(DIRECTIONS) if k % (DIRECTIONS // 4)),

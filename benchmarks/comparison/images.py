@@ -16,6 +16,17 @@ BATCH = 250
 Batches = Iterator[Tuple[Tensor, Tensor]]
 
 
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Whole batches of an epoch.
+
+    Raises:
+        ValueError: There are fewer images than a batch.
+    """
+    if count < batch_size:
+        raise ValueError(f'There are {count} images to train on, fewer than a batch of {batch_size}: --batch-size.')
+    return count // batch_size
+
+
 class SmallImages:
     """Fashion-MNIST or scikit-learn's digits, all in memory; larger test images are enlarged ones (bicubic).
 
@@ -33,18 +44,19 @@ class SmallImages:
         self.device = device
         self.train_images = self.images.train_images.to(device, torch.float32) / 255
         self.train_labels = self.images.train_labels.to(device)
+        self.train_count = len(self.train_labels)
         self.mean, self.std = self.train_images.mean(), self.train_images.std()
 
     def describe(self) -> str:
-        return f'{self.images.name}, {len(self.train_labels):,} images to train on'
+        return f'{self.images.name}, {self.train_count:,} images to train on'
 
     def train_batches(self, seed: int, first: int, steps: int, batch_size: int, size: int) -> Batches:
-        count = len(self.train_labels)
-        per_epoch = max(1, count // batch_size)
+        per_epoch = steps_per_epoch(self.train_count, batch_size)
         for step in range(first, steps):
             epoch, number = divmod(step, per_epoch)
             if number == 0 or step == first:
-                order = torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * (seed + 1) + epoch))
+                shuffle = torch.Generator().manual_seed(1_000_003 * (seed + 1) + epoch)
+                order = torch.randperm(self.train_count, generator=shuffle)
             index = order[number * batch_size:(number + 1) * batch_size].to(self.device)
             crops = torch.Generator().manual_seed(2_000_003 * (seed + 1) + step)
             images = random_crops((self._resized(self.train_images[index], size) - self.mean) / self.std, crops)
@@ -75,7 +87,7 @@ class Loaded:
         workers: Processes that read images.
 
     Raises:
-        ValueError: There are no such images, or there is a single class.
+        ValueError: There are no such images, images of one of the two sets are missing, or there is a single class.
     """
 
     in_chans = 3
@@ -83,38 +95,45 @@ class Loaded:
 
     def __init__(self, dataset: str, folder: Path, device: torch.device, workers: int) -> None:
         self.device, self.workers, self.cifar = device, workers, dataset == 'torch/cifar100'
+        what = 'CIFAR-100 as torchvision stores it' if self.cifar else 'train and val, with a folder for each class'
+        if not folder.is_dir():
+            raise ValueError(f'--data-dir {folder} is no folder. It must hold {what}.')
         try:
             self.train, self.test = (
                 create_dataset(dataset, root=str(folder), split=split, download=False)
                 for split in ('train', 'validation'))
         except (RuntimeError, FileNotFoundError) as error:
-            what = 'CIFAR-100 as torchvision stores it' if self.cifar else 'train and val, with a folder for each class'
             raise ValueError(f'--data-dir {folder} does not hold {what}: {error}') from None
         if self.cifar:
             self.num_classes = len(self.train.classes)
         else:
-            classes = [data.reader.class_to_idx for data in (self.train, self.test)]
+            if any(Path(data.reader.root) == folder for data in (self.train, self.test)):
+                # timm takes all images for a set that has no folder: the test would be with those of training
+                raise ValueError(f'--data-dir {folder} must hold {what}; one of the two is missing.')
+            classes = [set(data.reader.class_to_idx) for data in (self.train, self.test)]
             if classes[0] != classes[1] or len(classes[0]) < 2:
+                differ = ', '.join(sorted(classes[0] ^ classes[1])[:5])
                 raise ValueError(
                     f'--data-dir {folder}: train and val must have the same classes, at least two, got '
-                    f'{len(classes[0])} and {len(classes[1])}.')
+                    f'{len(classes[0])} and {len(classes[1])}{f", only in one of them {differ}" if differ else ""}.')
             self.num_classes = len(classes[0])
+        self.train_count = len(self.train)
         # files are sorted by class: a first part of the test images must not be a few classes
         self.order = torch.randperm(len(self.test), generator=torch.Generator().manual_seed(0)).tolist()
 
     def describe(self) -> str:
-        return f'{len(self.train):,} images of {self.num_classes} classes to train on, {len(self.test):,} to test with'
+        return f'{self.train_count:,} images of {self.num_classes} classes to train on, {len(self.test):,} to test with'
 
     def train_batches(self, seed: int, first: int, steps: int, batch_size: int, size: int) -> Batches:
         """The images of a step do not depend on where training was taken up, their augmentation does."""
-        per_epoch = len(self.train) // batch_size
-        if not per_epoch:
-            raise ValueError(f'There are {len(self.train)} images to train on, fewer than a batch of {batch_size}.')
+        per_epoch = steps_per_epoch(self.train_count, batch_size)
         self.train.transform = create_transform(
             (3, size, size), is_training=True, auto_augment='3a', color_jitter=.3, interpolation='bicubic')
         for epoch in range(first // per_epoch, -(-steps // per_epoch)):
             number = 1_000_003 * (seed + 1) + epoch
-            random.seed(number)  # augmentations draw from it if no other process makes them
+            # augmentations draw from both if no other process makes them
+            random.seed(number)
+            torch.manual_seed(number)
             loader = DataLoader(
                 self.train, batch_size, shuffle=True, drop_last=True, num_workers=self.workers,
                 pin_memory=self.device.type == 'cuda', generator=torch.Generator().manual_seed(number))

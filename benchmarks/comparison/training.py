@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
 
@@ -28,7 +29,7 @@ def model_name(method: str) -> str:
 
 
 def build(method: str, task: Any, recipe: Recipe, seed: int) -> Any:
-    """The model in training mode; weights depend on the seed, those before the first encoding on nothing else."""
+    """The model in training mode; weights depend on the seed and, as encodings draw theirs first, on the method."""
     torch.manual_seed(seed)
     kwargs: Dict[str, Any] = dict(rope_encoding='none') if method == 'none' else {}
     model: Any = timm.create_model(
@@ -59,6 +60,7 @@ def run(
     training = Training(model, recipe)
     if unfinished is not None:
         training.load(unfinished)
+    begin -= training.seconds
     every = max(1, recipe.steps // POINTS)
     batches = task.train_batches(seed, training.step, recipe.steps, recipe.batch_size, recipe.sizes[0])
     # in a log file a line now and then
@@ -74,6 +76,7 @@ def run(
                 right, count = test(model, task, recipe.sizes[0], min(CURVE_IMAGES, recipe.test_images))
                 training.curve.append(dict(step=training.step, loss=loss, accuracy=right / count))
                 if unfinished is not None and training.step < recipe.steps:
+                    training.seconds = time.perf_counter() - begin
                     training.save(unfinished)
                     if stop():
                         return None
@@ -89,7 +92,7 @@ class Training:
     """AdamW with a warm-up over a tenth of the steps and cosine decay; on a GPU compiled and in bfloat16."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.model = model
+        self.model, self.recipe = model, recipe
         self.device = next(model.parameters()).device
         self.forward: Any = torch.compile(model, dynamic=False) if self.device.type == 'cuda' else model
         self.optimizer = create_optimizer_v2(
@@ -98,6 +101,7 @@ class Training:
             self.optimizer, t_initial=max(2, recipe.steps), warmup_t=recipe.steps // 10,
             warmup_lr_init=recipe.learning_rate / 100, t_in_epochs=False)
         self.step = 0
+        self.seconds = 0.  # before it was taken up
         self.curve: List[Row] = []
         self.losses: List[Tensor] = []
 
@@ -128,7 +132,8 @@ class Training:
     def save(self, path: Path) -> None:
         """Write the state, so that a reader finds the whole file or the one before."""
         parts = dict(
-            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step, curve=self.curve)
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step, curve=self.curve,
+            recipe=asdict(self.recipe), seconds=self.seconds)
         whole = path.with_name(f'.{path.name}.{os.getpid()}')
         try:
             torch.save(parts, whole)
@@ -140,15 +145,18 @@ class Training:
         """Go on from a state, if there is one.
 
         Raises:
-            ValueError: The file is damaged or of another model.
+            ValueError: The file is damaged, or of another model or recipe.
         """
         if not path.exists():
             return
         try:
             parts = torch.load(path, map_location=self.device, weights_only=True)
+            if parts['recipe'] != asdict(self.recipe):
+                raise ValueError(f'it was trained by {parts["recipe"]}')
             self.model.load_state_dict(parts['model'])
             self.optimizer.load_state_dict(parts['optimizer'])
             self.step, self.curve = int(parts['step']), list(parts['curve'])
+            self.seconds = float(parts.get('seconds', 0))
         except Exception as error:  # whatever a damaged file leads to
             raise ValueError(f'{path} is no state of this run, delete it to begin anew: {error}') from None
         self.scheduler.step_update(self.step)
@@ -179,11 +187,12 @@ def test(
 def test_rules(model: Any, task: Any, recipe: Recipe) -> Iterator[Row]:
     """Right answers at every size, at the second one by every rule that the encoding can follow."""
     for number, size in enumerate(recipe.sizes):
+        rules: List[Tuple[Optional[str], bool]] = [('extrapolate', False)]
+        if model.rope is None:
+            rules = [(None, False)]
+        elif number == 1:
+            rules = list(itertools.product(model.rope.scalings, (False, True)))
         limit = recipe.test_images if number == 0 else recipe.test_images // 2
-        rules: List[Tuple[Optional[str], bool]] = [(None, False)]
-        if model.rope is not None:
-            rules = list(itertools.product(model.rope.scalings if number == 1 else ('extrapolate',), (False, True)))
-            rules = rules if number == 1 else rules[:1]
         for rule, log_n in rules:
             if rule is not None:
                 model.set_rope_scaling(rule, log_n=log_n)
