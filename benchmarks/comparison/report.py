@@ -104,9 +104,8 @@ def _draw(path: Path, rows: Rows, tasks: Dict[str, Any], draw: Callable[..., Non
     from matplotlib.figure import Figure
 
     shown = [task for task in tasks if any(row['task'] == task for row in rows)]
-    figure = Figure(figsize=(1 + 5 * len(shown), 4.5), layout='constrained')
+    figure = Figure(figsize=(2 + 4.5 * len(shown), 4), layout='constrained')
     methods = list(dict.fromkeys(row['method'] for row in rows))
-    axes = None
     for number, task in enumerate(shown, 1):
         axes = figure.add_subplot(1, len(shown), number)
         for index, method in enumerate(methods):
@@ -116,8 +115,8 @@ def _draw(path: Path, rows: Rows, tasks: Dict[str, Any], draw: Callable[..., Non
         axes.set_title(task)
         axes.set_ylabel('right answers, %')
         axes.grid(alpha=.3)
-    if axes is not None:
-        axes.legend()
+    known = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(known.values(), known.keys(), loc='outside right upper')
     content = io.BytesIO()
     figure.savefig(content, format='png', dpi=110)
     whole = path.with_name(f'.{path.name}.{os.getpid()}')
