@@ -1,10 +1,13 @@
 """Fixtures that several test modules share."""
 import os
-
-# Tiny models gain nothing from threads and lose a lot where the cores are shared; subprocesses inherit this.
-os.environ.setdefault('OMP_NUM_THREADS', '1')
+import signal
 
 import pytest
+
+# A shell that starts the tests in the background makes them, and all their processes, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tiny models gain nothing from threads and lose a lot where the cores are shared; subprocesses inherit this.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 
 @pytest.fixture(scope='session')

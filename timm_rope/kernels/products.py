@@ -29,10 +29,12 @@ def turn_back(
     shared = payload.shape[0] == 1
     out = pack(dq, dk, dv)
     grad = fetch(out, rotation, shared)
+    sums = None
+    if payload_grad and q is not None and k is not None:  # first: the rows may be a view of what is stored to
+        sums = torch.bmm(grad.transpose(1, 2), fetch_both(q, k, rotation, shared))
     store(out, torch.bmm(grad, derived(payload, matrices_of, rotation)), rotation, shared)
-    if not payload_grad or q is None or k is None:
+    if sums is None:
         return out, None
-    sums = torch.bmm(grad.transpose(1, 2), fetch_both(q, k, rotation, shared))
     b, count = rotation.size, rotation.groups // blocks(rotation)[0]
     sums = torch.stack([sums[:, i * b:i * b + b, i * b:i * b + b] for i in range(count)], dim=1)
     # with y = R x it is g x^T = (g y^T) R
