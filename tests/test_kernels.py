@@ -203,6 +203,17 @@ def test_pieces_cover_every_token(choose, monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*both))
 
 
+def test_a_single_image_whose_heads_share_one_matrix(choose):
+    """Its rows can be viewed as they are, without a copy."""
+    rope, leaf = encoding('liere', 32, dict(block=32, share_heads=True)), projection(32, batch=1)
+    both = []
+    for route in ('formula', 'inplace'):
+        choose(route)
+        both.append(results(rope, leaf))
+    for a, b in zip(*both):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize('images', [1, 2, 3, 5, 9])
 @pytest.mark.parametrize('case', [CASES[4], CASES[6], CASES[9]], ids=['mixed', 'shared', 'spherical_learned'])
 def test_pieces_cover_every_image(case, images, choose, monkeypatch):

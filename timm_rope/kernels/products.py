@@ -1,4 +1,5 @@
 """Large blocks of channels by batched products: queries and keys that share a matrix are the rows of one product."""
+import functools
 from typing import Optional, Tuple
 
 import torch
@@ -9,6 +10,7 @@ from .memo import derived
 from .packing import pack
 
 BY_IMAGE = False  # few rows to a matrix are slow
+STRIDED = 32  # rows of so many channels are fetched by strides, shorter ones three times as fast by their number
 JOINED = 8  # up to this size two neighbouring blocks are made one: half as many rows to fetch and store
 
 
@@ -31,15 +33,14 @@ def turn_back(
     grad = fetch(out, rotation, shared)
     sums = None
     if payload_grad and q is not None and k is not None:  # first: the rows may be a view of what is stored to
-        sums = torch.bmm(grad.transpose(1, 2), fetch_both(q, k, rotation, shared))
+        sums = torch.bmm(grad.transpose(1, 2), fetch(pack(q, k), rotation, shared))
     store(out, torch.bmm(grad, derived(payload, matrices_of, rotation)), rotation, shared)
     if sums is None:
         return out, None
     b, count = rotation.size, rotation.groups // blocks(rotation)[0]
     sums = torch.stack([sums[:, i * b:i * b + b, i * b:i * b + b] for i in range(count)], dim=1)
     # with y = R x it is g x^T = (g y^T) R
-    by_token = payload.transpose(0, 1)
-    return out, torch.bmm(sums.flatten(0, 1), by_token.reshape(-1, b, b)).view(by_token.shape).transpose(0, 1)
+    return out, torch.bmm(sums.flatten(0, 1), payload.reshape(-1, b, b)).view_as(payload)
 
 
 def blocks(rotation: Rotation) -> Tuple[int, int]:
@@ -49,10 +50,10 @@ def blocks(rotation: Rotation) -> Tuple[int, int]:
 
 
 def matrices_of(payload: Tensor, rotation: Rotation) -> Tensor:
-    """(H or 1, N, W) -> all matrices (N * H or 1 * `blocks`), row by row."""
+    """(H or 1, N, W) -> all matrices (H or 1 * N * `blocks`), row by row."""
     b, (groups, wide) = rotation.size, blocks(rotation)
     count = rotation.groups // groups
-    parts = payload.transpose(0, 1).reshape(-1, count, b, b)
+    parts = payload.reshape(-1, count, b, b)
     if count == 1:
         return parts[:, 0]
     out = payload.new_zeros(parts.shape[0], wide, wide)
@@ -65,15 +66,10 @@ def fetch(packed: Tensor, rotation: Rotation, shared: bool) -> Tensor:
     """Queries and keys of (B, N, 2 or 3, H, D) as rows: (matrices, rows to a matrix, size of a matrix)."""
     groups, size = blocks(rotation)
     matrices = packed.shape[1] * groups * (1 if shared else packed.shape[3])
+    if size < STRIDED and rotation.rotated == rotation.head_dim and packed.is_contiguous():
+        index = row_numbers(*packed.shape[:4], groups, shared)
+        return packed.view(-1, size).index_select(0, index).view(matrices, -1, size)
     return by_matrix(rows_of(packed, rotation), shared).reshape(matrices, -1, size)
-
-
-def fetch_both(q: Tensor, k: Tensor, rotation: Rotation, shared: bool) -> Tensor:
-    """The same of queries and keys, each (B, H, N, D)."""
-    order, place = ((2, 3, 0, 1, 4), 2) if shared else ((2, 1, 3, 0, 4), 3)
-    groups = blocks(rotation)
-    both = [x[..., :rotation.rotated].unflatten(-1, groups).permute(order) for x in (q, k)]
-    return torch.stack(both, place).view(-1, 2 * q.shape[0] * (q.shape[1] if shared else 1), groups[1])
 
 
 def store(packed: Tensor, x: Tensor, rotation: Rotation, shared: bool) -> None:
@@ -88,8 +84,14 @@ def rows_of(packed: Tensor, rotation: Rotation) -> Tensor:
 
 
 def by_matrix(rows: Tensor, shared: bool) -> Tensor:
-    """(B, N, 2, H, G, b) -> (N, H, G, 2, B, b), or (N, G, 2, B, H, b) where heads share their matrices.
+    """(B, N, 2, H, G, ...) -> (H, N, G, B, 2, ...), or (N, G, B, 2, H, ...) where heads share their matrices."""
+    rest = range(5, rows.ndim)
+    return rows.permute(*((1, 4, 0, 2, 3) if shared else (3, 1, 4, 0, 2)), *rest)
 
-    Tokens first and images last: what is fetched next to each other lies on few pages of memory.
-    """
-    return rows.permute(*((1, 4, 2, 0, 3, 5) if shared else (1, 3, 4, 2, 0, 5)))
+
+@functools.lru_cache(maxsize=4)
+def row_numbers(batch: int, tokens: int, parts: int, heads: int, groups: int, shared: bool) -> Tensor:
+    """Which rows of a packed tensor `fetch` takes, in order."""
+    with torch.inference_mode(False):
+        number = torch.arange(batch * tokens * parts * heads * groups, dtype=torch.int32)
+        return by_matrix(number.view(batch, tokens, parts, heads, groups)[:, :, :2], shared).flatten()
