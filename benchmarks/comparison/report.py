@@ -1,9 +1,10 @@
 """Results of a comparison as Markdown tables, and as plots."""
 import io
-import os
 import statistics
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
+
+from timm_rope.sweep.results import write_whole
 
 Row = Dict[str, Any]
 Rows = Sequence[Row]
@@ -119,9 +120,4 @@ def _draw(path: Path, rows: Rows, tasks: Dict[str, Any], draw: Callable[..., Non
     figure.legend(known.values(), known.keys(), loc='outside right upper')
     content = io.BytesIO()
     figure.savefig(content, format='png', dpi=110)
-    whole = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        whole.write_bytes(content.getvalue())
-        os.replace(whole, path)
-    finally:
-        whole.unlink(missing_ok=True)
+    write_whole(path, content.getvalue())
