@@ -3,10 +3,9 @@ import itertools
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import timm
 import torch
@@ -15,6 +14,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from timm_rope.demo import autocast
 
 from .recipe import Recipe
 
@@ -160,10 +161,6 @@ class Training:
         except Exception as error:  # whatever a damaged file leads to
             raise ValueError(f'{path} is no state of this run, delete it to begin anew: {error}') from None
         self.scheduler.step_update(self.step)
-
-
-def autocast(device: torch.device) -> ContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16) if device.type == 'cuda' else nullcontext()
 
 
 @torch.inference_mode()
