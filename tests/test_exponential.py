@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 
-from timm_rope import exponential, scaled_series
+from timm_rope import exponential, grid_exponentials, scaled_series
 from timm_rope.exponential import block_table
 
 SIZES = [2, 3, 4, 5, 6, 7, 8, 16]
@@ -183,13 +183,53 @@ def test_functional_transforms_and_forward_mode(size):
         assert torch.allclose(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
 
 
+@pytest.mark.parametrize('dynamic', [False, True])
 @pytest.mark.parametrize('size', [4, 8])
-def test_compiled_whole_with_gradients(size):
-    freqs, y, x = generators(size), cells(2), cells(3)
-    compiled = torch.compile(lambda f: block_table(f, y, x, size), backend='aot_eager', fullgraph=True)
-    assert torch.allclose(compiled(freqs), block_table(freqs, y, x, size), atol=1e-6)
-    gradient = gradient_of(lambda f, *_: compiled(f), freqs, y, x, size)
-    assert torch.allclose(gradient, gradient_of(block_table, freqs, y, x, size), atol=1e-4)
+def test_compiled_whole_with_gradients(size, dynamic, monkeypatch):
+    def refuse(*args):
+        raise AssertionError('one position at a time')
+
+    freqs = generators(size, 2, 1, 2)
+    expected_gradients = [gradient_of(block_table, freqs, cells(n), cells(3), size) for n in (2, 5)]
+    if size > 4:
+        monkeypatch.setattr(exponential, '_plain_table', refuse)
+    torch._dynamo.reset()  # what was compiled for other parameters counts
+    compiled = torch.compile(
+        lambda f, y, x: block_table(f, y, x, size), backend='aot_eager', fullgraph=True, dynamic=dynamic)
+    for n, expected_gradient in zip((2, 5), expected_gradients):
+        y, x = cells(n), cells(3)
+        assert torch.allclose(compiled(freqs, y, x).double(), expected(freqs, y, x, size), atol=7e-6)
+        gradient = gradient_of(lambda *args: compiled(*args[:3]), freqs, y, x, size)
+        assert torch.allclose(gradient, expected_gradient, atol=1e-4)
+
+
+def test_compiled_transforms_see_the_formula():
+    freqs, y, x = generators(8, dtype=torch.float64), cells(2), cells(2)
+    table = lambda f: block_table(f, y, x, 8)  # noqa: E731
+    for transformed in (
+            torch.func.grad(lambda f: table(f).sin().sum()),
+            lambda f: torch.func.vmap(table)(torch.stack((f, -f))),
+            lambda f: torch.func.jvp(table, (f,), (f,))[1]):
+        assert torch.allclose(torch.compile(transformed, backend='aot_eager')(freqs), transformed(freqs))
+
+
+@pytest.mark.parametrize('size', [5, 8])
+@pytest.mark.parametrize('requires_grad', [False, True])
+def test_operators_are_well_registered(size, requires_grad):
+    freqs, y, x = generators(size, 2, 1, 2).requires_grad_(requires_grad), cells(2), cells(3)
+    torch.library.opcheck(grid_exponentials.operator, (freqs, y, x, size))
+    grad = torch.randn(2, 1, 6, 2 * size * size)
+    torch.library.opcheck(grid_exponentials.operator_backward, (grad, freqs.detach(), y, x, size))
+    torch.library.opcheck(grid_exponentials.operator_backward, (grad.mT.contiguous().mT, freqs.detach(), y, x, size))
+
+
+def test_operators_look_after_autocast():
+    freqs, y, x = generators(8), cells(2), cells(3)
+    grad = torch.randn(1, 1, 6, 64)
+    plain = grid_exponentials.operator(freqs, y, x, 8), grid_exponentials.operator_backward(grad, freqs, y, x, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        cast = grid_exponentials.operator(freqs, y, x, 8), grid_exponentials.operator_backward(grad, freqs, y, x, 8)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast))
 
 
 @pytest.mark.parametrize('size', [4, 8])

@@ -40,7 +40,8 @@ def test_torchscript_and_fx_take_any_size(name, options, tmp_path):
 
 
 def test_taylor_series_of_the_export_is_the_exponential():
-    from timm_rope.exponential import _exp_taylor, skew
+    from timm_rope.exponential import _exp_taylor
+    from timm_rope.grid_exponentials import skew
     torch.manual_seed(0)
     for size, norm in ((8, 1.), (8, 100.), (64, 800.)):
         matrix = skew(torch.randn(5, size * (size - 1) // 2, dtype=torch.float64), size)

@@ -25,7 +25,8 @@ ALLOWED = {
     'scaling': {'precision'},
     'augmentation': set(),
     'scaled_series': set(),
-    'exponential': {'precision', 'scaled_series'},
+    'grid_exponentials': {'precision', 'scaled_series'},
+    'exponential': {'grid_exponentials', 'precision'},
     'rotation': {'exponential', 'precision'},
     'encoding': {'augmentation', 'cache', 'checks', 'coordinates', 'rotation', 'scaling', 'signature'},
     'encodings': {'encoding', 'frequencies', 'rotation', 'scaling', 'checks'},
@@ -63,8 +64,8 @@ ALLOWED = {
 }
 FREE_OF_TIMM = [
     '__init__', '_version', 'augmentation', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'exponential',
-    'frequencies', 'kernels', 'plugin', 'hub', 'precision', 'properties', 'recipes', 'rotation', 'scaled_series',
-    'scaling', 'signature', 'weight_files']
+    'frequencies', 'grid_exponentials', 'kernels', 'plugin', 'hub', 'precision', 'properties', 'recipes', 'rotation',
+    'scaled_series', 'scaling', 'signature', 'weight_files']
 
 
 def unit_of(path):

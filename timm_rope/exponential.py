@@ -1,15 +1,17 @@
 """Rotations of blocks of channels: the matrix exponential of skew-symmetric generators, for every position of a grid.
 
-Blocks of 2, 3 and 4 have closed forms. Larger ones are made all at once by `scaled_series.py` in eager mode. Where a
-graph is recorded, or a transform of torch.func or forward-mode AD looks on, a plain formula runs instead.
+Blocks of 2, 3 and 4 have closed forms. Larger ones are made all at once by `grid_exponentials.py`, in a compiled graph
+as an operator. Where a graph is recorded for another runtime, or a transform of torch.func or forward-mode AD looks on,
+a plain formula runs instead.
 """
 from typing import Tuple
 
 import torch
 from torch import Tensor
 
+from . import grid_exponentials
+from .grid_exponentials import skew
 from .precision import recording, without_autocast
-from .scaled_series import Grid, exponentials, exponentials_backward, largest_norm
 
 
 @torch.fx.wrap
@@ -17,9 +19,10 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     """exp(x A_x + y A_y) for all layers, heads, positions and blocks (LieRE, arXiv 2406.10322, eq. 3).
 
     Computed outside autocast and, where the device has it, in float64: float32 results are within 3e-7 of the exact
-    ones, whatever the block and the size of the grid. While float32 generators of blocks above 4 learn, matrices are
-    squared in float32: within 7e-6 at block 8 and 2e-4 at block 64 on 14 x 14 patches. The gradient of float32
-    generators is computed in float32, to about 2e-6 of its largest entry at block 8 and 1e-5 at block 64.
+    ones, whatever the block and the size of the grid. While float32 generators of blocks above 4 learn, and in compiled
+    graphs, matrices are squared in float32: within 7e-6 at block 8 and 2e-4 at block 64 on 14 x 14 patches. The
+    gradient of float32 generators is computed in float32, to about 2e-6 of its largest entry at block 8 and 1e-5 at
+    block 64.
 
     Args:
         freqs: (2, L, H, G, b (b - 1) / 2), strict upper triangles of A_x and A_y row by row, radians per coordinate.
@@ -34,8 +37,11 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
         return _plain_table(freqs, y, x, size)
     # matrix products under autocast would build the rotations in half precision
     with without_autocast(freqs):
-        if size > 4 and _is_eager(freqs, y, x):
-            return _eager_table(freqs, y, x, size)
+        if size > 4 and _has_values(freqs, y, x):
+            if torch.compiler.is_compiling():
+                return grid_exponentials.operator(freqs, y, x, size)
+            learning = torch.is_grad_enabled() and freqs.requires_grad
+            return _GridExponentials.apply(freqs, y, x, size, learning)
         return _plain_table(freqs, y, x, size)
 
 
@@ -48,9 +54,10 @@ def _plain_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     return skew_exp(triangle, size, freqs.dtype).flatten(-3)
 
 
-def _is_eager(freqs: Tensor, y: Tensor, x: Tensor) -> bool:
-    """Whether these are plain tensors with values, and nothing but reverse-mode autograd follows them."""
-    if recording() or torch.compiler.is_compiling() or freqs.is_meta or y.requires_grad or x.requires_grad:
+def _has_values(freqs: Tensor, y: Tensor, x: Tensor) -> bool:
+    """Whether these are plain tensors with values, now or when what is compiled runs, and nothing but reverse-mode
+    autograd follows them."""
+    if recording() or freqs.is_meta or y.requires_grad or x.requires_grad:
         return False
     if any(type(t) not in (Tensor, torch.nn.Parameter) for t in (freqs, y, x)):  # a fake or distributed tensor
         return False
@@ -58,58 +65,32 @@ def _is_eager(freqs: Tensor, y: Tensor, x: Tensor) -> bool:
 
 
 def _is_transformed() -> bool:
+    # a level there is breaks the graph of torch.compile, so that the formula runs between two of them
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _eager_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
-    wide = freqs.detach() if freqs.device.type == 'mps' else freqs.detach().double()
-    norm = largest_norm(skew(wide, size).flatten(1, 3), y.to(wide.dtype), x.to(wide.dtype))
-    learning = torch.is_grad_enabled() and freqs.requires_grad
-    return _GridExponentials.apply(freqs, y, x, size, norm, learning)
-
-
 class _GridExponentials(torch.autograd.Function):
-    """Works on a few layers and heads at a time, forward and backward: little memory is needed beside the result."""
+    """`grid_exponentials` in eager mode, with derivatives of any order."""
 
     @staticmethod
-    def forward(ctx, freqs: Tensor, y: Tensor, x: Tensor, size: int, norm: float, learning: bool) -> Tensor:
+    def forward(ctx, freqs: Tensor, y: Tensor, x: Tensor, size: int, learning: bool) -> Tensor:
         ctx.save_for_backward(freqs, y, x)
-        ctx.size, ctx.norm = size, norm
-        layers, heads, groups = freqs.shape[1:4]
-        wide = freqs if freqs.device.type == 'mps' else freqs.double()
-        grid = Grid(y, x, norm, torch.finfo(freqs.dtype).eps / 2, wide.dtype)
-        generators = grid.scale * skew(wide, size).flatten(1, 2)
+        ctx.size, ctx.norm = size, grid_exponentials.norm_of(freqs, y, x, size)
         # where it is made anew in every step, squarings in float64 would take most of the time
-        squared_in = freqs.dtype if learning else wide.dtype
-        out = freqs.new_empty(layers * heads, len(grid), groups, size, size)
-        for part in grid.chunks(layers * heads, groups * size * size):
-            made = exponentials(generators[:, part].flatten(1, 2), grid, squared_in)
-            out[part] = made.unflatten(0, [-1, groups]).transpose(1, 2)
-        return out.view(layers, heads, len(grid), groups * size * size)
+        squared_in = freqs.dtype if learning or freqs.device.type == 'mps' else torch.float64
+        return grid_exponentials.forward(freqs, y, x, size, ctx.norm, squared_in)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         freqs, y, x = ctx.saved_tensors
-        size = ctx.size
         with without_autocast(freqs):
             batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # torch.autograd.grad(is_grads_batched=True)
             if batched or _is_transformed():
                 further = torch.is_grad_enabled()
                 with torch.enable_grad():
-                    out = _plain_table(freqs, y, x, size)
-                    return (*torch.autograd.grad(out, freqs, grad, create_graph=further), None, None, None, None, None)
-            groups = freqs.shape[3]
-            grid = Grid(y, x, ctx.norm, torch.finfo(freqs.dtype).eps / 2, freqs.dtype)
-            generators = grid.scale * skew(freqs, size).flatten(1, 2)
-            grad = grad.unflatten(-1, [groups, size, size]).flatten(0, 1)
-            out = torch.empty_like(generators)
-            for part in grid.chunks(grad.shape[0], groups * size * size):
-                of_part = grad[part].transpose(1, 2).flatten(0, 1)
-                made = exponentials_backward(generators[:, part].flatten(1, 2), grid, of_part)
-                out[:, part] = made.unflatten(1, [-1, groups])
-            out *= grid.scale
-            row, column = torch.triu_indices(size, size, 1, device=out.device)
-            return (out - out.mT)[..., row, column].view_as(freqs), None, None, None, None, None
+                    out = _plain_table(freqs, y, x, ctx.size)
+                    return (*torch.autograd.grad(out, freqs, grad, create_graph=further), None, None, None, None)
+            return grid_exponentials.backward(grad, freqs, y, x, ctx.size, ctx.norm), None, None, None, None
 
 
 def skew_exp(triangle: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -151,18 +132,6 @@ def _exp_taylor(matrix: Tensor, squarings: int = 12) -> Tensor:
     for _ in range(squarings):
         out = out @ out
     return out
-
-
-def skew(triangle: Tensor, size: int) -> Tensor:
-    """Skew-symmetric matrices (..., b, b) from their strict upper triangles (..., b (b - 1) / 2)."""
-    upper = torch.triu_indices(size, size, 1, device=triangle.device)
-    row, column = upper[0], upper[1]
-    index = torch.full([size, size], 2 * triangle.shape[-1], device=triangle.device, dtype=torch.long)
-    entry = torch.arange(triangle.shape[-1], device=triangle.device)
-    index[row, column] = entry
-    index[column, row] = entry + triangle.shape[-1]
-    entries = torch.cat((triangle, -triangle, torch.zeros_like(triangle[..., :1])), dim=-1)
-    return entries.index_select(-1, index.flatten()).unflatten(-1, [size, size])
 
 
 def _cos_sinc(square: Tensor) -> Tuple[Tensor, Tensor]:
