@@ -203,14 +203,19 @@ def test_compiled_whole_with_gradients(size, dynamic, monkeypatch):
         assert torch.allclose(gradient, expected_gradient, atol=1e-4)
 
 
-def test_compiled_transforms_see_the_formula():
-    freqs, y, x = generators(8, dtype=torch.float64), cells(2), cells(2)
+def test_compiled_transforms():
+    freqs, y, x = generators(8, 2, dtype=torch.float64), cells(2), cells(2)
     table = lambda f: block_table(f, y, x, 8)  # noqa: E731
+    gradient = torch.func.grad(lambda f: table(f).sin().sum())
+    several = torch.stack((freqs, -freqs), dim=2)
     for transformed in (
-            torch.func.grad(lambda f: table(f).sin().sum()),
-            lambda f: torch.func.vmap(table)(torch.stack((f, -f))),
+            gradient,
+            lambda f: torch.func.vmap(table, in_dims=2)(several + f[:, :, None]),
+            lambda f: torch.func.vmap(gradient, in_dims=2)(several + f[:, :, None]),
+            lambda f: torch.func.vmap(lambda w: torch.func.vjp(table, f)[1](w)[0])(torch.stack((table(f), -table(f)))),
             lambda f: torch.func.jvp(table, (f,), (f,))[1]):
-        assert torch.allclose(torch.compile(transformed, backend='aot_eager')(freqs), transformed(freqs))
+        compiled = torch.compile(transformed, backend='aot_eager', fullgraph=True)
+        assert torch.allclose(compiled(freqs), transformed(freqs))
 
 
 @pytest.mark.parametrize('size', [5, 8])

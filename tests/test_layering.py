@@ -27,7 +27,8 @@ ALLOWED = {
     'scaled_series': set(),
     'grid_exponentials': {'precision', 'scaled_series'},
     'exponential': {'grid_exponentials', 'precision'},
-    'rotation': {'exponential', 'precision'},
+    'sines': {'precision'},
+    'rotation': {'exponential', 'precision', 'sines'},
     'encoding': {'augmentation', 'cache', 'checks', 'coordinates', 'rotation', 'scaling', 'signature'},
     'encodings': {'encoding', 'frequencies', 'rotation', 'scaling', 'checks'},
     'kernels': {'precision', 'rotation'},
@@ -65,7 +66,7 @@ ALLOWED = {
 FREE_OF_TIMM = [
     '__init__', '_version', 'augmentation', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'exponential',
     'frequencies', 'grid_exponentials', 'kernels', 'plugin', 'hub', 'precision', 'properties', 'recipes', 'rotation',
-    'scaled_series', 'scaling', 'signature', 'weight_files']
+    'scaled_series', 'scaling', 'signature', 'sines', 'weight_files']
 
 
 def unit_of(path):

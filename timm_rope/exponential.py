@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import grid_exponentials
 from .grid_exponentials import skew
-from .precision import recording, without_autocast
+from .precision import recording, transformed, without_autocast
 
 
 @torch.fx.wrap
@@ -61,12 +61,7 @@ def _has_values(freqs: Tensor, y: Tensor, x: Tensor) -> bool:
         return False
     if any(type(t) not in (Tensor, torch.nn.Parameter) for t in (freqs, y, x)):  # a fake or distributed tensor
         return False
-    return not _is_transformed()
-
-
-def _is_transformed() -> bool:
-    # a level there is breaks the graph of torch.compile, so that the formula runs between two of them
-    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    return not transformed()
 
 
 class _GridExponentials(torch.autograd.Function):
@@ -85,7 +80,7 @@ class _GridExponentials(torch.autograd.Function):
         freqs, y, x = ctx.saved_tensors
         with without_autocast(freqs):
             batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # torch.autograd.grad(is_grads_batched=True)
-            if batched or _is_transformed():
+            if batched or transformed():
                 further = torch.is_grad_enabled()
                 with torch.enable_grad():
                     out = _plain_table(freqs, y, x, ctx.size)

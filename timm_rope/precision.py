@@ -11,6 +11,14 @@ def recording() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
+@torch.jit.unused
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD looks on; may be asked in what is compiled, too."""
+    # there the stack is never None, but knows its type
+    level = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+    return level or torch.autograd.forward_ad._current_level >= 0
+
+
 def widest(tensor: Tensor) -> Tensor:
     """The tensor in float64, where the device has it and the graph is not recorded for another runtime.
 

@@ -11,13 +11,12 @@ end of a head pass unrotated.
 Everything is real arithmetic on strided slices, so that TorchScript, FX, export and ONNX need no special case.
 Functions under `torch.fx.wrap` stay one node in a traced graph.
 """
-from typing import Tuple
-
 import torch
 from torch import Tensor, nn
 
 from .exponential import block_table
-from .precision import recording, widest, without_autocast
+from .precision import recording, without_autocast
+from .sines import cos_sin
 
 torch.fx.wrap('block_table')
 
@@ -152,12 +151,6 @@ def with_rest(groups: Tensor, x: Tensor, rotated: int, head_dim: int) -> Tensor:
     if rotated < head_dim:
         out = torch.cat((out, x[..., rotated:]), dim=-1)
     return out
-
-
-def cos_sin(position: Tensor, freqs: Tensor) -> Tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency: (n,) and (L, H, G) -> two (L, H, n, G) in the dtype of `freqs`."""
-    angle = widest(position).unsqueeze(-1) * widest(freqs).unsqueeze(-2)
-    return angle.cos().to(freqs.dtype), angle.sin().to(freqs.dtype)
 
 
 @torch.fx.wrap
