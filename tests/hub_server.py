@@ -44,7 +44,7 @@ class Fault:
     status: Optional[int] = None  # answer with this
     keep: Optional[float] = None  # send this share of the announced body, then hang up
     body: Optional[Callable[[bytes], bytes]] = None  # send another body, with its own length
-    pause: float = 0.  # seconds between two chunks of the body
+    pause: float = 0.  # seconds between two chunks of the body, or after a received one
     chunk: int = CHUNK
 
 
@@ -61,7 +61,7 @@ class HubServer:
         self.headers: List[Dict[str, str]] = []
         self.faults: List[Fault] = []
         self.etag: Optional[str] = None  # in place of the hash
-        self.sent = threading.Event()  # set after the first chunk of a paused body
+        self.sent = threading.Event()  # set after the first chunk of a paused body, or when a paused one has come
         self.connections: List[socket.socket] = []
         self._serial = itertools.count()
         self._server = ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
@@ -169,6 +169,9 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.status is not None:
                 return self.send(fault.status)
         if self.command in ('POST', 'PUT'):
+            if fault is not None and fault.pause:
+                hub.sent.set()
+                threading.Event().wait(fault.pause)
             return self.store(path, body)
         if path.startswith('/files/'):
             return self.content(hub.blobs[path.rpartition('/')[2]], fault)

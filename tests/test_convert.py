@@ -246,6 +246,14 @@ def test_a_checkpoint_of_timm_train(average, convert):
     assert model.patch_embed.img_size == (32, 40) and ('averaged' in out) == average
 
 
+@pytest.mark.parametrize('bad', [dict(model_kwargs=['num_heads']), dict(mean=5), dict(input_size=3)])
+def test_arguments_that_train_py_never_writes(bad, convert):
+    state = timm.create_model('vit_tiny_rope_axial', **SIZES).state_dict()
+    args = argparse.Namespace(**{'model': 'vit_tiny_rope_axial', **bad})
+    save_torch({'arch': args.model, 'state_dict': state, 'args': args}, 'last.pth.tar')
+    refused(convert, ['args', *bad], 'last.pth.tar', 'out')
+
+
 def test_half_precision_stays_as_it_is(convert):
     model = {k: v.bfloat16() for k, v in naver()['model'].items()}
     assert 'bfloat16' in convert(save_torch({'model': model}), 'out')[1]
@@ -325,6 +333,49 @@ def test_swin(convert):
     assert convert('out', 'again')[0] == 0 and convert(save_torch(ours.state_dict()), 'bare')[0] == 0
     for name in ('again', 'bare'):
         assert Path(name, 'model.safetensors').read_bytes() == Path('out/model.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize('check', [(), ('--check',)])
+def test_swin_with_fixed_frequencies(check, convert):
+    checkpoint, _ = swin()
+    for key, freqs in checkpoint['model'].items():
+        if key.endswith('rope_freqs'):  # of window 4, and with a temperature that is not the published one
+            w = 20. ** (-torch.arange(8) / 8)
+            freqs[0], freqs[1] = torch.cat((w, 0 * w)), torch.cat((0 * w, w))
+    for key in [key for key in checkpoint['model'] if key.endswith('rope_freqs')]:
+        place = torch.arange(16.)
+        name = key.removesuffix('freqs')
+        checkpoint['model'].update({f'{name}t_x': place % 4, f'{name}t_y': place // 4})
+    status, out, err = convert(save_torch(checkpoint), 'out', *check)
+    assert status == 0, err
+    assert 'image size: 128 x 128, 32 times the window' in out and '(1, 2) heads' in out
+    assert ('no other implementation of NAVER RoPE-Swin' in out) == bool(check)
+    model = load()
+    assert model.layers[0].blocks[0].window_size == (4, 4) and model.patch_embed.img_size == (128, 128)
+    direct = timm.create_model(
+        'swin_tiny_rope_axial', pretrained=True, embed_dim=32, depths=(2, 1), img_size=128, window_size=4,
+        pretrained_cfg_overlay=dict(state_dict=checkpoint, num_classes=5), num_classes=5).eval()
+    x = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(model(x), direct(x)) and model(x).std() > 0
+    assert direct.rope.options['temperature'] == 20
+
+
+def test_bare_weights_of_a_swin_of_ours(convert):
+    args = dict(depths=(1, 1, 1, 1), num_classes=5)  # the widths of Swin-T
+    for name in ('swin_tiny_rope_axial', 'swin_tiny_rope_mixed_rpb'):
+        ours = timm.create_model(name, **args).eval()
+        status, out, err = convert(save_torch(ours.state_dict()), name, '--check')
+        assert status == 0, err
+        assert json.loads(Path(name, 'config.json').read_text())['architecture'] == name
+        assert ('(3, 6, 12, 24), as in the models here that are 96 wide' in out) == ('axial' in name)
+        x = torch.randn(1, 3, 224, 224)
+        with torch.no_grad():
+            assert torch.equal(load(name)(x), ours(x))
+    narrow = timm.create_model('swin_tiny_rope_axial', embed_dim=32, num_heads=(1, 2, 4, 8), **args)
+    source = save_torch(narrow.state_dict())
+    refused(convert, ['32 wide, do not tell their heads', 'num_heads=...'], source, 'other')
+    assert convert(source, 'other', '--model-args', 'num_heads=(1, 2, 4, 8)')[0] == 0
 
 
 # -- image size and the config
@@ -481,6 +532,9 @@ def test_from_the_hub(convert, monkeypatch, tmp_path):
         hub.add('naver-ai/deit_small_patch16_LS', {'model.safetensors': save(weights), 'config.json': b'{}'})
         hub.add('me/mine', {'sub/w.safetensors': save(naver()['model'])})
         assert convert('hf-hub:naver-ai/deit_small_patch16_LS', 'out')[0] == 0
+        hub.add('me/damaged', {'model.safetensors': save(weights), 'config.json': b'{"architecture": "vit_tiny"}'})
+        hub.fault('GET /me/damaged/resolve', body=lambda data: data.replace(b'tiny', b'base'))
+        refused(convert, ['config.json of me/damaged', 'corrupt'], 'hf-hub:me/damaged', 'other')
         refused(convert, ['me/mine', 'no file'], 'hf-hub:me/mine', 'other')
         assert convert('hf-hub:me/mine@main', 'mine', '--filename', 'sub/w.safetensors')[0] == 0
     config = json.loads(Path('out/config.json').read_text())

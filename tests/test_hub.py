@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,11 @@ from safetensors.torch import save
 from tiny import TINY, make
 
 import timm_rope
-from timm_rope import hub as hub_module
-from timm_rope.hub import CorruptWeightsError, HubError, fetch, verify
+from timm_rope import hub_cache
+from timm_rope import pretrained as pretrained_module
+from timm_rope.hub import HubError, fetch
+from timm_rope.hub_cache import CorruptWeightsError, verify
+from timm_rope.models import rope_swin, rope_vit
 from timm_rope.weight_files import read_weights
 
 REPO = 'org/vit'
@@ -95,6 +100,7 @@ PICKLES = {
     'best.pth.tar': ('best.safetensors', 'best.pth.tar'),
     'v1.5.pth': ('v1.5.safetensors', 'v1.5.pth'),
     'x.pt': ('x.safetensors', 'x.pt'),
+    'x.pkl': ('x.safetensors', 'x.pkl'),
     'a/b/last.ckpt': ('a/b/last.safetensors', 'a/b/last.ckpt'),
 }
 
@@ -282,7 +288,9 @@ FETCH = f'from timm_rope.hub import fetch\nprint(fetch({REPO!r}))'
 
 
 def in_process(hub, cache, script, **kwargs):
-    env = clean_env(HF_ENDPOINT=hub.url, HF_HUB_CACHE=cache, HF_HUB_DISABLE_XET=1, HF_HUB_DISABLE_PROGRESS_BARS=1)
+    env = clean_env(
+        HF_ENDPOINT=hub.url, HF_HUB_CACHE=cache, HF_HUB_DISABLE_XET=1, HF_HUB_DISABLE_PROGRESS_BARS=1,
+        PYTHONDONTWRITEBYTECODE=1)  # where files are limited, half a .pyc would stay
     return subprocess.Popen(
         [sys.executable, '-c', script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
@@ -299,6 +307,34 @@ def test_killed_half_way(hub, cache):
     path = fetch(REPO)
     assert path.read_bytes() == SAFE
     verify(path)
+
+
+def test_two_processes_download_at_once(hub, cache):
+    hub.add(REPO, {'model.safetensors': SAFE})
+    hub.fault('/files/', pause=.02, chunk=len(SAFE) // 8)
+    script = f'{FETCH}\nfrom timm_rope.hub_cache import verify\nverify(fetch({REPO!r}))'
+    processes = [in_process(hub, cache, script) for _ in range(2)]
+    printed = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert printed[0][0] == printed[1][0]
+    path = fetch(REPO)
+    assert path.read_bytes() == SAFE and str(path) == printed[0][0].strip()
+
+
+def test_threads_download_at_once(hub, cache):
+    hub.add(REPO, {'model.safetensors': SAFE})
+    hub.fault('/files/', pause=.01, chunk=len(SAFE) // 8)
+    start = threading.Barrier(4)
+
+    def load(_):
+        start.wait()
+        path = fetch(REPO)
+        verify(path)
+        return path.read_bytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(load, range(4))) == [SAFE] * 4
+    assert not list(cache.rglob('*.incomplete'))
 
 
 def test_full_disk(hub, cache):
@@ -371,10 +407,47 @@ def test_cache_without_links(hub, cache, monkeypatch, name):
     path = fetch(REPO, name)
     hub.add(REPO, {name: OTHER})
     verify(path)  # against its own commit
+    asked = len(hub.requests)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    verify(path)
+    path.write_bytes(FLIPPED)
+    with pytest.raises(CorruptWeightsError):
+        verify(path)
+    assert len(hub.requests) == asked, 'the hash was noted'
+
+
+def test_cache_without_links_and_without_a_note(hub, cache, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_SYMLINKS', True)
+    hub.add(REPO, {'model.safetensors': SAFE})
+    path = fetch(REPO)
     hub.fault('', status=500)
     with pytest.warns(RuntimeWarning, match='could not be verified'):
         verify(path)
     assert path.read_bytes() == SAFE
+    hub.faults.clear()
+    verify(path)
+    [note] = (p for p in cache.rglob('*') if p.is_file() and '.timm_rope' in p.parts)
+    for text in ('', note.read_text()[:39], '\0'):  # no hash; the Hub is asked
+        note.write_text(text)
+        asked = len(hub.requests)
+        verify(path)
+        assert len(hub.requests) == asked + 1
+    note.write_text('0' * 64)
+    with pytest.raises(CorruptWeightsError):
+        verify(path)
+    path = fetch(REPO)
+    verify(path)  # a wrong note is not kept
+
+
+def test_a_cache_that_cannot_be_written_is_verified(hub, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_SYMLINKS', True)
+    hub.add(REPO, {'model.safetensors': SAFE})
+    path = fetch(REPO)
+    (path.parents[2] / '.timm_rope').write_text('')  # in the way
+    verify(path)
+    path.write_bytes(FLIPPED)
+    with pytest.raises(CorruptWeightsError):
+        verify(path)
 
 
 def test_a_server_without_hashes(hub):
@@ -438,18 +511,37 @@ def test_a_file_replaced_meanwhile_is_kept(hub, monkeypatch):
     path = fetch(REPO)
     blob = path.resolve()
     blob.write_bytes(FLIPPED)
-    real = hub_module._remove
+    real = hub_cache._remove
 
     def replaced_first(*args):
         (blob.parent / 'new').write_bytes(SAFE)
         (blob.parent / 'new').replace(blob)
         return real(*args)
 
-    monkeypatch.setattr(hub_module, '_remove', replaced_first)
+    monkeypatch.setattr(hub_cache, '_remove', replaced_first)
     with pytest.raises(CorruptWeightsError):
         verify(path)
     assert path.read_bytes() == SAFE
     verify(path)
+
+
+def test_a_file_removed_meanwhile(hub, monkeypatch):
+    """Of several processes that find the same damage, one is the first; the others say what it says."""
+    hub.add(REPO, {'model.safetensors': SAFE})
+    path = fetch(REPO)
+    path.resolve().write_bytes(FLIPPED)
+    real = hub_cache._remove
+
+    def removed_first(*args):
+        real(*args)
+        return real(*args)
+
+    monkeypatch.setattr(hub_cache, '_remove', removed_first)
+    with pytest.raises(CorruptWeightsError, match='It was removed from the cache; try again'):
+        verify(path)
+    with pytest.raises(HubError, match='gone from the cache.*Try again'):
+        verify(path)
+    verify(fetch(REPO))
 
 
 def test_a_file_that_cannot_be_removed(hub, monkeypatch):
@@ -500,6 +592,41 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+TAGS = sorted({**rope_vit.PUBLISHED, **rope_swin.PUBLISHED})
+SWIN = dict(img_size=32, embed_dim=32, depths=(2, 2), num_heads=(1, 2), window_size=4)
+
+
+@pytest.mark.parametrize('linked', [True, False])
+@pytest.mark.parametrize('tag', TAGS)
+def test_every_tag_is_verified(hub, cache, monkeypatch, tag, linked):
+    """Wrong bytes of the right length, on the way and later on the disk, in the file of this tag."""
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_SYMLINKS', not linked)
+    sizes = SWIN if tag.startswith('swin') else {**TINY, 'num_classes': 1000}
+    source = timm.create_model(tag.partition('.')[0], **sizes)
+    cfg = timm.get_pretrained_cfg(tag)
+    out = io.BytesIO(save(source.state_dict()))
+    name = 'model.safetensors'
+    if not cfg.hf_hub_id.startswith('timm/'):
+        name = cfg.hf_hub_filename or 'pytorch_model.bin'
+        torch.save({'model': source.state_dict()}, out)
+    data = out.getvalue()
+    # in the middle of each format are tensors
+    wrong = data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:]
+    hub.add(cfg.hf_hub_id, {name: data})
+    hub.fault('/files/', body=lambda _: wrong, times=1)
+    with pytest.raises(CorruptWeightsError, match=f'{name} of {cfg.hf_hub_id} .*sha256'):
+        timm.create_model(tag, pretrained=True, **sizes)
+    assert not leftovers(cache)
+    assert same_weights(timm.create_model(tag, pretrained=True, **sizes), source)
+    [blob] = {path.resolve() for path in leftovers(cache)}
+    blob.write_bytes(wrong)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(CorruptWeightsError, match=f'{name} of {cfg.hf_hub_id} .*sha256'):
+        timm.create_model(tag, pretrained=True, **sizes)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    assert same_weights(timm.create_model(tag, pretrained=True, **sizes), source)
+
+
 @pytest.mark.parametrize('where', ['first tensor', 'last tensor', 'header', 'length of the header'])
 def test_corrupt_weights_reach_no_model(hub, cache, model, create, where):
     data = save(model.state_dict())
@@ -512,6 +639,77 @@ def test_corrupt_weights_reach_no_model(hub, cache, model, create, where):
         create()
     assert not [p for p in leftovers(cache) if p.stat().st_size == len(data)]
     assert same_weights(create(), model)
+
+
+@pytest.mark.parametrize('what', [b'"depth": 3', b'"in1k"'])
+def test_a_corrupt_config_reaches_no_model(hub, cache, model, what):
+    """timm reads it; a digit or a letter of it is enough for another model."""
+    config = dict(architecture=NAME, model_args=TINY, pretrained_cfg=dict(num_classes=5, tag='in1k'))
+    data = json.dumps(config).encode()
+    assert what in data
+    bad = data.replace(what, what.replace(b'3', b'2').replace(b'in1k', b'in2k'))
+    hub.add(REPO, {'config.json': data, 'model.safetensors': save(model.state_dict())})
+    hub.fault('GET', body=lambda _: bad, times=1)
+    with pytest.raises(CorruptWeightsError, match=f'config.json of {REPO} .*sha1'):
+        timm.create_model(f'hf-hub:{REPO}@main', pretrained=True)
+    assert not leftovers(cache)
+    assert same_weights(timm.create_model(f'hf-hub:{REPO}@main', pretrained=True), model)
+
+
+@pytest.mark.parametrize('custom_load', [True, 'hf'])
+def test_no_config_avoids_the_hash(hub, model, custom_load):
+    config = dict(architecture=NAME, model_args=TINY, pretrained_cfg=dict(
+        num_classes=5, custom_load=custom_load, hf_hub_filename='w.bin'))
+    out = io.BytesIO()
+    torch.save(model.state_dict(), out)
+    data = out.getvalue()
+    hub.add(REPO, {'config.json': json.dumps(config).encode(), 'w.bin': data})
+    hub.fault('/files/', body=lambda _: data[:-5000] + bytes(5000), times=1)
+    with pytest.raises(CorruptWeightsError):
+        timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert same_weights(timm.create_model(f'hf-hub:{REPO}', pretrained=True), model)
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'pytorch_model.bin'])
+def test_no_pickle_is_opened_before_it_is_verified(hub, model, monkeypatch, name):
+    """Whatever it is called."""
+    out = io.BytesIO()
+    torch.save(model.state_dict(), out)
+    hub.add(REPO, {name: out.getvalue()})
+    done, opened = [], []
+    monkeypatch.setattr(pretrained_module, 'verify', lambda path: [
+        threading.Event().wait(.2), verify(path), done.append(path)][1])
+    monkeypatch.setattr(pretrained_module, 'read_weights', lambda path: [
+        opened.append(list(done)), read_weights(path)][1])
+    created = timm.create_model(
+        NAME, pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=REPO, num_classes=5), **TINY)
+    assert same_weights(created, model) and len(opened) == 1 and opened[0] == done
+
+
+def test_what_was_hashed_is_what_was_read(hub, model, create, monkeypatch):
+    """Another process may put the good file in the place of the bad one, after that was opened here."""
+    data = save(model.state_dict())
+    hub.add(REPO, {'model.safetensors': data})
+    hub.fault('/files/', body=lambda _: data[:-1] + bytes([data[-1] ^ 1]), times=1)
+    read = threading.Event()
+
+    def replaced_first(path):
+        assert read.wait(60)
+        new = path.resolve().with_name('new')
+        new.write_bytes(data)
+        new.replace(path.resolve())
+        return verify(path)
+
+    def reads(path):
+        content = read_weights(path)
+        read.set()
+        return content
+
+    monkeypatch.setattr(pretrained_module, 'verify', replaced_first)
+    monkeypatch.setattr(pretrained_module, 'read_weights', reads)
+    with pytest.raises(HubError, match='model.safetensors was replaced .*try again'):
+        create()
+    monkeypatch.undo()
 
 
 def test_create_model_finds_pickled_weights(hub, model, create):
@@ -552,3 +750,89 @@ def test_create_model_with_cache_dir_and_revision(hub, cache, tmp_path, model):
         cache_dir=tmp_path / 'mine', **TINY)
     assert same_weights(created, model)
     assert leftovers(tmp_path / 'mine') and not cache.exists()
+
+
+# -- uploads
+
+uploading = pytest.mark.filterwarnings('ignore:.*upload raw bytes:DeprecationWarning')  # of the client
+MINE = 'me/mine'
+
+
+def push(model):
+    timm.models.push_to_hf_hub(model, MINE, safe_serialization=True)
+
+
+def commits(hub):
+    return hub.repos[MINE].commits if MINE in hub.repos else {}
+
+
+@uploading
+@pytest.mark.parametrize('status', [429, 503])
+def test_an_upload_to_a_busy_hub_is_tried_again(hub, model, status):
+    hub.fault('PUT', status=status, times=2)
+    push(model)
+    assert len(hub.asked('PUT')) == 3 and len(commits(hub)) == 1
+    assert same_weights(timm.create_model(f'hf-hub:{MINE}', pretrained=True), model)
+
+
+@uploading
+@pytest.mark.parametrize('part, status', [
+    ('create', 401), ('preupload', 403), ('batch', 503), ('PUT', 500), ('commit', 403), ('commit', 503)])
+def test_an_upload_that_fails_shows_nothing(hub, cache, model, part, status):
+    """A commit appears whole or not at all; the one before it stays."""
+    push(model)
+    before = dict(commits(hub))
+    other = make(NAME, num_classes=7)
+    hub.fault(part, status=status)
+    with pytest.raises(Exception) as caught:
+        push(other)
+    assert str(status) in f'{caught.value} {caught.value.__cause__}'
+    assert commits(hub) == before
+    assert same_weights(timm.create_model(f'hf-hub:{MINE}', pretrained=True), model)
+    hub.faults.clear()
+    push(other)
+    assert same_weights(timm.create_model(f'hf-hub:{MINE}', pretrained=True), other)
+
+
+@uploading
+def test_no_upload_while_offline(hub, model, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(Exception, match='HF_HUB_OFFLINE'):
+        push(model)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    push(model)
+    assert len(commits(hub)) == 1
+
+
+@uploading
+def test_an_upload_killed_half_way(hub, cache, model, tmp_path):
+    timm.models.save_for_hf(model, tmp_path / 'saved', safe_serialization=True)
+    script = f'''
+from huggingface_hub import create_repo, upload_folder
+create_repo({MINE!r})
+upload_folder(folder_path={str(tmp_path / 'saved')!r}, repo_id={MINE!r})
+'''
+    hub.fault('PUT', times=1, pause=60.)
+    process = in_process(hub, cache, script)
+    assert hub.sent.wait(120)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not commits(hub)
+    push(model)
+    assert same_weights(timm.create_model(f'hf-hub:{MINE}', pretrained=True), model)
+
+
+@uploading
+def test_an_upload_from_a_full_disk(hub, model, monkeypatch):
+    """The folder of the saved files is full: what was written of them is not sent."""
+    monkeypatch.setattr(sys, 'dont_write_bytecode', True)  # half a .pyc would stay
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(Exception, match='File too large'):
+            push(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not commits(hub) and not hub.asked('PUT')
+    push(model)
+    assert same_weights(timm.create_model(f'hf-hub:{MINE}', pretrained=True), model)

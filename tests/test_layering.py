@@ -20,6 +20,7 @@ ALLOWED = {
     'plugin': set(),
     'weight_files': set(),
     'hub': {'_version'},
+    'hub_cache': {'hub'},
     'frequencies': set(),
     'coordinates': {'precision'},
     'scaling': {'precision'},
@@ -36,10 +37,10 @@ ALLOWED = {
     'patch_embed': {'checks'},
     'checkpointed': {'mismatches'},
     'layouts': {'encodings', 'signature'},
-    'mismatches': {'encoding', 'layouts', 'signature'},
+    'mismatches': {'encoding', 'layouts', 'norms', 'signature'},
     'warm_start': {'layouts', 'mismatches'},
     'checkpoints': {'coordinates', 'layouts', 'mismatches', 'warm_start'},
-    'pretrained': {'checks', 'hub', 'layouts', 'weight_files'},
+    'pretrained': {'checks', 'hub', 'hub_cache', 'layouts', 'weight_files'},
     'vit': {
         'attention', 'checkpointed', 'checkpoints', 'checks', 'encoding', 'encodings', 'norms', 'patch_embed'},
     'window_attention': {'encoding', 'kernels'},
@@ -50,8 +51,8 @@ ALLOWED = {
     'saved_encoding': {'encoding', 'encodings', 'signature'},
     'reparametrize': {'encoding', 'encodings', 'models', 'rotation', 'saved_encoding', 'swin'},
     'convert': {
-        '_version', 'checkpoints', 'coordinates', 'encoding', 'hub', 'layouts', 'norms', 'plugin', 'pretrained',
-        'saved_encoding', 'swin_checkpoints', 'vit', 'weight_files'},
+        '_version', 'checkpoints', 'coordinates', 'encoding', 'hub', 'hub_cache', 'layouts', 'norms', 'plugin',
+        'pretrained', 'saved_encoding', 'swin_checkpoints', 'vit', 'weight_files'},
     'models': {'checkpoints', 'encoding', 'encodings', 'pretrained', 'swin', 'swin_checkpoints', 'vit'},
     'small_data': set(),
     'properties': {'encodings'},
@@ -65,8 +66,8 @@ ALLOWED = {
 }
 FREE_OF_TIMM = [
     '__init__', '_version', 'augmentation', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'exponential',
-    'frequencies', 'grid_exponentials', 'kernels', 'plugin', 'hub', 'precision', 'properties', 'recipes', 'rotation',
-    'scaled_series', 'scaling', 'signature', 'sines', 'weight_files']
+    'frequencies', 'grid_exponentials', 'kernels', 'plugin', 'hub', 'hub_cache', 'precision', 'properties', 'recipes',
+    'rotation', 'scaled_series', 'scaling', 'signature', 'sines', 'weight_files']
 
 
 def unit_of(path):

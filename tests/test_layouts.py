@@ -80,6 +80,50 @@ def test_spiral(rotate, tmp_path):
     assert not agree(model, x, raw), 'the averaged weights are the published ones'
 
 
+def test_spiral_weights_alone_into_a_model_that_is_built():
+    checkpoint = foreign.spiral_deit(4)
+    weights = checkpoint['model_ema']  # without the training arguments
+    sizes = dict(SIZES, pos_embed='learn', rope_directions=8)
+    good = dict(norm_layer='spiral_rms', rope_clamp=True)
+    for wrong, words in [
+            (dict(good, rope_clamp=False), 'clamp is True there and False here'),
+            (dict(good, rope_scale=1.), 'scale is 1.5 there and 1 here'),
+            (dict(good, norm_layer='rmsnorm'), "Spiral RoPE weights need .* norm_layer='spiral_rms'")]:
+        model = timm.create_model('vit_small_rope_spiral', **sizes, **wrong)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(RuntimeError, match=words):
+            model.load_state_dict(weights)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model = timm.create_model('vit_small_rope_spiral', **sizes, **good).eval()
+    model.load_state_dict(weights)
+    x = torch.randn(2, 3, 32, 32)
+    assert agree(model, x, foreign.forward_spiral(checkpoint, x))
+
+
+@pytest.mark.parametrize('share', [True, False])
+def test_liere_weights_alone_into_a_model_that_is_built(share, caplog):
+    checkpoint = foreign.liere_lightning(8)
+    weights = {key.removeprefix('model.'): value for key, value in checkpoint['state_dict'].items()}
+    sizes = {**SIZES, 'patch_size': 4, 'img_size': 16, 'mlp_ratio': 2, 'qkv_bias': False, 'init_values': 0}
+    sizes.update(rope_coords='ends', rope_share_layers=share)
+    with pytest.raises(RuntimeError, match='LieRE weights need .* norm_eps=1e-05'):
+        timm.create_model('vit_small_rope_liere', **sizes).load_state_dict(weights)
+    model = timm.create_model('vit_small_rope_liere', norm_eps=1e-5, **sizes).eval()
+    with caplog.at_level(logging.WARNING, 'timm_rope'):
+        model.load_state_dict(weights)
+    assert f'do not tell rope_share_layers, the model has {share}: True uses the generators' in caplog.text
+    x = torch.randn(2, 3, 16, 16)
+    assert agree(model, x, foreign.forward_liere(checkpoint, x, first_layer=share))
+
+
+def test_lieres_baseline_needs_its_heads():
+    weights = {k.removeprefix('model.'): v for k, v in foreign.liere_lightning(None)['state_dict'].items()}
+    sizes = {**SIZES, 'patch_size': 4, 'img_size': 16, 'mlp_ratio': 2, 'qkv_bias': False, 'init_values': 0}
+    model = timm.create_model('vit_small_ape', norm_eps=1e-5, no_embed_class=False, **{**sizes, 'num_heads': 4})
+    with pytest.raises(RuntimeError, match='LieRE weights need .* num_heads=2'):
+        model.load_state_dict(weights)
+
+
 @pytest.mark.parametrize('block,layers,per_head', [(8, None, True), (2, 1, False), (5, 1, True), (64, None, False)])
 def test_liere(block, layers, per_head, tmp_path):
     checkpoint = foreign.liere_lightning(block, layers, per_head)
@@ -208,6 +252,24 @@ def test_evas_with_other_coordinates_are_not_taken_for_axial():
         recognise(eva.state_dict())
 
 
+@pytest.mark.parametrize('name', [
+    'vit_pe_lang_large_patch14_448',  # a rotation of its own, which shows in no key
+    'vit_pe_spatial_tiny_patch16_512', 'cait_xxs24_224', 'vit_small_patch16_dinov3', 'beit_base_patch16_224'])
+def test_models_with_nearly_the_same_keys_are_not_taken_for_others(name):
+    sizes = {key: value for key, value in SIZES.items() if key != 'patch_size'}
+    state = timm.create_model(name, **{**sizes, 'depth': 1, 'img_size': 56}).state_dict()
+    with pytest.raises(RuntimeError, match='fits none of the known layouts'):
+        recognise(state)
+
+
+def test_weights_of_ours_without_their_signature_are_not_guessed(tmp_path):
+    # uniform, spherical and axial have the same keys then
+    state = timm.create_model('vit_tiny_rope_spherical', **SIZES).state_dict()
+    del state['rope.signature']
+    with pytest.raises(RuntimeError, match=r'timm_rope \(missing rope.signature\)'):
+        load('vit_tiny_rope_axial', state, tmp_path, **SIZES)
+
+
 def test_raw_or_averaged_weights_as_their_authors_report_them(caplog):
     raw, average = foreign.naver_vit(seed=1)['model'], foreign.naver_vit(seed=2)['model']
     with caplog.at_level(logging.INFO, 'timm_rope'):
@@ -237,6 +299,27 @@ def test_what_fits_nothing_is_refused_with_the_differences():
         recognise([torch.zeros(1)])
 
 
+def test_weights_under_a_prefix_are_pointed_at():
+    state = foreign.naver_vit()['model']
+    with pytest.raises(RuntimeError, match="those that begin with 'net.vit.' are NAVER RoPE-ViT: save these alone"):
+        recognise({f'net.vit.{key}': value for key, value in state.items()})
+    two = {**{f'student.{k}': v for k, v in state.items()}, **{f'teacher.{k}': v for k, v in state.items()}}
+    with pytest.raises(RuntimeError, match="'student.' are NAVER RoPE-ViT, those that begin with 'teacher.' are NAVER"):
+        recognise({'state_dict': two})
+    liere = foreign.liere_lightning()['state_dict']
+    with pytest.raises(RuntimeError, match="begin with 'model.' are LieRE"):
+        recognise({'state_dict': {**liere, 'criterion.weight': torch.ones(5)}})
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_rope_mixed', 'vit_tiny_ape', 'swin_tiny_rope_axial'])
+def test_a_wrapped_state_dict_is_called_that(name):
+    model = timm.create_model(name, **({} if name.startswith('swin') else SIZES))
+    wrapped = {f'net.{key}': value for key, value in model.state_dict().items()}
+    for given, word in ((wrapped, 'net.'), ({'state_dict': model.state_dict()}, 'state_dict')):
+        with pytest.raises(RuntimeError, match=f'none of the keys of the model, but {word}.*pass the weights themselv'):
+            model.load_state_dict(given)
+
+
 def without(checkpoint, *keys, **changes):
     state = {key: value for key, value in checkpoint['state_dict'].items() if key.removeprefix('model.') not in keys}
     return {**checkpoint, 'state_dict': {**state, **{f'model.{key}': value for key, value in changes.items()}}}
@@ -252,6 +335,38 @@ def without(checkpoint, *keys, **changes):
 def test_lieres_that_no_model_computes(change, words):
     with pytest.raises(RuntimeError, match=words):
         recognise(change(foreign.liere_lightning(8)))
+
+
+@pytest.mark.parametrize('change,words', [
+    (dict(freqs_t_x=torch.full((16,), float('nan'))), 'freqs_t_y and freqs_t_x must hold the row and column numbers'),
+    (dict(freqs_t_x=torch.zeros(16)), 'must hold the row and column numbers'),
+    (dict(freqs_t_y=torch.tensor([0., 2, 2, 3]).repeat_interleave(4)), 'must hold the row and column numbers'),
+    (dict(freqs_t_x=torch.arange(14.) % 4, freqs_t_y=torch.arange(14) // 4), 'must hold the row and column numbers'),
+    (dict(freqs_t_y=torch.zeros(0)), 'must hold the row and column numbers'),
+    (dict(freqs_t_x=torch.zeros(0), freqs_t_y=torch.zeros(0)), 'must hold the row and column numbers'),
+    (dict(freqs=torch.zeros(64)), 'freqs.*must be'),
+    ({'patch_embed.proj.weight': torch.tensor(0.)}, 'has keys of NAVER RoPE-ViT, but is damaged'),
+])
+def test_damaged_naver_files(change, words):
+    with pytest.raises(RuntimeError, match=words):
+        recognise({'model': {**foreign.naver_vit()['model'], **change}})
+
+
+def test_damaged_files_of_others():
+    liere = foreign.liere_lightning(8)
+    with pytest.raises(RuntimeError, match='has keys of LieRE, but is damaged'):
+        recognise(without(liere, pos_embedding=torch.zeros(3)))
+    with pytest.raises(RuntimeError, match=r'LieRE \(missing transformer.layers.0.1.fn.net.0.weight\)'):
+        recognise(without(liere, 'transformer.layers.0.1.fn.net.0.weight'))
+    for rotate in ('8x', None, 2.5):
+        with pytest.raises(RuntimeError, match='Spiral RoPE: args.rotate must be an integer'):
+            recognise(spiral_with(dict(rotate=rotate)))
+    lonely = {f'blocks.{i}.attn.rope.freqs': torch.tensor([1.5]) for i in range(2)}
+    assert recognise(spiral_with(tensors=lonely)).model_args['rope_scale'] == 1.5, 'any temperature is right'
+    checkpoint, _ = swin_state(True)
+    checkpoint['model']['layers.0.blocks.0.attn.rope_t_x'] = torch.zeros(35)
+    with pytest.raises(RuntimeError, match='layers.0.blocks.0.attn.rope_t_x must hold the row and column numbers'):
+        recognise(checkpoint)
 
 
 def spiral_with(args=None, tensors=None):
@@ -313,3 +428,10 @@ def test_a_stray_position_embedding_is_told_from_a_trained_one(tmp_path, caplog)
 def test_every_layout_has_a_name_and_marks():
     assert len({layout.name for layout in LAYOUTS}) == len(LAYOUTS)
     assert all(layout.marks and layout.__doc__ for layout in LAYOUTS)
+
+
+def test_a_checkpoint_that_holds_itself_is_refused():
+    checkpoint = {'epoch': 3}
+    checkpoint['model'] = {'state_dict': checkpoint}
+    with pytest.raises(RuntimeError, match='holds itself'):
+        recognise(checkpoint)

@@ -188,6 +188,20 @@ def test_no_random_weights_are_made_for_weights_that_replace_them(monkeypatch):
     assert torch.equal(headless.norm.weight, model.norm.weight)
 
 
+@pytest.mark.parametrize('feature_cls', ['getter', 'fx', 'hook'])
+def test_every_kind_of_features_has_the_weights(feature_cls):
+    source, x = make(NAME), torch.randn(1, 3, 32, 32)
+    overlay = cfg_of(state_dict=source.state_dict())
+    torch.manual_seed(1)
+    wrapped = timm.create_model(
+        NAME, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True, feature_cls=feature_cls,
+        out_indices=(0, 2), **TINY).eval()
+    expected = source.forward_intermediates(x, indices=(0, 2), output_fmt='NLC', intermediates_only=True)
+    for feature, intermediate in zip(wrapped(x), expected):
+        tokens = feature.flatten(2).transpose(1, 2) if feature.ndim == 4 else feature[:, 1:]
+        torch.testing.assert_close(tokens, intermediate)
+
+
 # -- structure that weights bring
 
 def test_structure_is_saved_with_the_model_and_can_be_overruled(tmp_path):

@@ -1,11 +1,16 @@
 """No route from a weight file or a Hub config to code: planted pickles, names that leave their folder."""
 import argparse
+import contextlib
+import hashlib
 import io
 import json
 import os
 import pickle
+import struct
+import threading
 import zipfile
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,6 +18,8 @@ from hub_server import HubServer
 from safetensors.torch import save, save_file
 from tiny import TINY, make
 
+from timm_rope.convert.command import convert
+from timm_rope.sweep.models import load, parse_source
 from timm_rope.weight_files import read_weights
 
 NAME = 'vit_tiny_rope_mixed'
@@ -180,6 +187,111 @@ def test_broken_files(tmp_path, weights):
         assert path.read_bytes() == data, what
 
 
+def safetensors_of(header, body=b'', length=None):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack('<Q', len(header) if length is None else length) + header + body
+
+
+def entry(begin, end, **changes):
+    return {'dtype': 'F32', 'shape': [(end - begin) // 4], 'data_offsets': [begin, end], **changes}
+
+
+BOMBS = {
+    'header longer than the file': safetensors_of({'a': entry(0, 4)}, bytes(4), 2 ** 20),
+    'header of 4 EB': safetensors_of({'a': entry(0, 4)}, bytes(4), 2 ** 62),
+    'header of all bits': safetensors_of({'a': entry(0, 4)}, bytes(4), 2 ** 64 - 1),
+    'one tensor in another': safetensors_of({'a': entry(0, 8), 'b': entry(4, 12)}, bytes(12)),
+    'the same bytes twice': safetensors_of({'a': entry(0, 8), 'b': entry(0, 8)}, bytes(8)),
+    'bytes of no tensor': safetensors_of({'a': entry(0, 4), 'b': entry(8, 12)}, bytes(12)),
+    'beyond the end': safetensors_of({'a': entry(0, 400)}, bytes(12)),
+    'backwards': safetensors_of({'a': entry(0, 4, data_offsets=[4, 0])}, bytes(4)),
+    'negative shape': safetensors_of({'a': entry(0, 4, shape=[-1])}, bytes(4)),
+    'shape of 2 ** 64': safetensors_of({'a': entry(0, 0, shape=[2 ** 62, 4])}),
+    'shape of more than its bytes': safetensors_of({'a': entry(0, 4, shape=[10 ** 9])}, bytes(4)),
+    'unknown dtype': safetensors_of({'a': entry(0, 4, dtype='PY')}, bytes(4)),
+    'nested too deep': safetensors_of(b'{"a":' + b'[' * 100_000 + b']' * 100_000 + b'}'),
+    'no header': safetensors_of(b'{"a": ', b''),
+}
+
+
+@pytest.mark.parametrize('what', BOMBS)
+def test_hostile_safetensors(tmp_path, what):
+    (tmp_path / 'model.safetensors').write_bytes(BOMBS[what])
+    with pytest.raises(ValueError, match='model.safetensors is a truncated or damaged safetensors file'):
+        read_weights(tmp_path / 'model.safetensors')
+
+
+def packed_anew(data, compression=zipfile.ZIP_STORED, bomb=0, copies=0, extra=''):
+    """A file of torch.save as another program would pack it, or an attacker."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(out, 'w', compression) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name) + bytes(bomb) * name.endswith('/data.pkl'))
+        if extra:
+            packed.writestr(extra, b'')
+        packed.filelist += packed.filelist * copies  # the same bytes, listed again
+    return out.getvalue()
+
+
+@pytest.mark.parametrize('name', ['x.pth', 'model.safetensors'])
+def test_packed_archives(tmp_path, weights, name):
+    """torch would take packed bytes for weights, without a word, and unpack whatever it is told to."""
+    path, data = tmp_path / name, _saved(weights)
+    path.write_bytes(packed_anew(data))
+    read = read_weights(path)
+    assert all(torch.equal(read[key], value) for key, value in weights.items()), 'packed anew as it was'
+    for hostile in (
+            packed_anew(data, zipfile.ZIP_DEFLATED),
+            packed_anew(data, zipfile.ZIP_BZIP2),
+            packed_anew(data, zipfile.ZIP_DEFLATED, bomb=1 << 24),
+            packed_anew(data, zipfile.ZIP_DEFLATED, bomb=1 << 24, extra='archive/code/constants.pkl'),
+            packed_anew(data, copies=9),
+    ):
+        path.write_bytes(hostile)
+        with pytest.raises(ValueError, match=f'{name} is a compressed archive .* pack it anew without compression'):
+            read_weights(path)
+    folder = zipfile.ZipFile(io.BytesIO(data)).namelist()[0].partition('/')[0]
+    path.write_bytes(packed_anew(data, zipfile.ZIP_DEFLATED, bomb=1 << 24, extra=f'{folder}/constants.pkl'))
+    with pytest.raises(ValueError, match='TorchScript'):
+        read_weights(path)
+
+
+def test_numpy_archives(tmp_path, marker, weights):
+    np.savez(tmp_path / 'jax.npz', **{'embedding/kernel': np.zeros((8, 8, 3, 24), 'float32')})
+    np.savez(tmp_path / 'evil.npz', **{'embedding/kernel': np.array([Planted(marker)], dtype=object)})
+    for name in ('jax.npz', 'evil.npz'):
+        with pytest.raises(ValueError, match=f'{name} is a NumPy archive .* model of timm'):
+            read_weights(tmp_path / name)
+    evil = str(tmp_path / 'evil.npz')
+    for kwargs in (
+            dict(pretrained=True, pretrained_cfg_overlay=dict(file=evil, num_classes=5, custom_load=True)),
+            dict(checkpoint_path=evil)):
+        with pytest.raises(ValueError, match='allow_pickle=False'):
+            create(**kwargs)
+
+
+def test_threads_do_not_take_the_permission_from_each_other(tmp_path, monkeypatch):
+    """torch keeps what may be unpickled in a global, which the first thread that is done sets back."""
+    torch.save({'w': torch.ones(2), 'args': argparse.Namespace(lr=.1)}, tmp_path / 'x.pth')
+    allowed, inside, others = set(torch.serialization.get_safe_globals()), threading.Event(), []
+    real = torch.load
+
+    def slow(*args, **kwargs):
+        if not inside.is_set():
+            inside.set()
+            others[0].join(.3)  # the other one is done first, if it is let in
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'load', slow)
+    read = []
+    others.append(threading.Thread(target=lambda: inside.wait(60) and read.append(read_weights(tmp_path / 'x.pth'))))
+    others[0].start()
+    read.append(read_weights(tmp_path / 'x.pth'))
+    others[0].join()
+    assert [r['args'].lr for r in read] == [.1, .1]
+    assert set(torch.serialization.get_safe_globals()) == allowed
+
+
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='model.bin'):
         read_weights(tmp_path / 'model.bin')
@@ -222,22 +334,85 @@ def load_checkpoint(hub, folder, file):
     timm.models.load_checkpoint(create(), str(file))
 
 
-ROUTES = [hub_tag, hub_name, local_dir, file_overlay, checkpoint_path, load_checkpoint]
+def features(hub, folder, file):
+    hub.add(REPO, {file.name: file.read_bytes()})
+    create(pretrained=True, features_only=True, pretrained_cfg_overlay=dict(
+        hf_hub_id=REPO, hf_hub_filename=file.name, num_classes=5))
+
+
+def convert_file(hub, folder, file):
+    convert(str(file), folder.parent / f'out-{len(list(folder.parent.iterdir()))}', model=NAME, img_size=32,
+            model_args=dict(num_heads=2))
+
+
+def convert_from_hub(hub, folder, file):
+    hub.add(REPO, {file.name: file.read_bytes()})
+    convert(f'hf-hub:{REPO}', folder.parent / f'out-{len(list(folder.parent.iterdir()))}', filename=file.name,
+            model=NAME, img_size=32, model_args=dict(num_heads=2))
+
+
+def swept(hub, folder, file):
+    load(parse_source(f'{NAME}={file}'), TINY, use_ema=False)
+
+
+OURS = [hub_tag, hub_name, local_dir, file_overlay, features, convert_file, convert_from_hub, swept]
+
+
+# read by timm
+
+
+def url(hub, folder, file):
+    data = file.read_bytes()
+    sha = hashlib.sha256(data).hexdigest()
+    hub.blobs[sha] = data
+    create(pretrained=True, cache_dir=folder.parent / 'urls', pretrained_cfg_overlay=dict(
+        url=f'{hub.files_url}/{sha}', hf_hub_id='', num_classes=5))
+
+
+def timm_load_pretrained(hub, folder, file):
+    model = create()
+    hub.add(REPO, {file.name: file.read_bytes()})
+    timm.models.load_pretrained(model, {**model.pretrained_cfg, 'hf_hub_id': REPO, 'hf_hub_filename': file.name,
+                                        'num_classes': 5}, num_classes=5)
+
+
+def resumed(hub, folder, file):
+    timm.models.resume_checkpoint(create(), str(file))
+
+
+TIMMS = [checkpoint_path, load_checkpoint, url, timm_load_pretrained, resumed]
 
 
 @pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pth', 'x.ckpt'])
-@pytest.mark.parametrize('route', ROUTES)
+@pytest.mark.parametrize('route', OURS + TIMMS)
 def test_every_route_refuses(tmp_path, marker, hub, weights, route, name):
     folder = tmp_path / 'folder'
     folder.mkdir()
     for kind in ('zip', 'legacy'):
         (folder / name).write_bytes(trap(kind, 'hidden', weights, marker))
-        with pytest.raises(RuntimeError, match='refused|blocked'):
+        # torch itself, where timm asks nothing else: WeightsUnpickler
+        with pytest.raises((RuntimeError, pickle.UnpicklingError), match='refused|blocked|Weights only load failed'):
             route(hub, folder, folder / name)
         assert not marker.exists()
     (folder / name).write_bytes(_saved(weights))
-    if name != 'x.ckpt' or route is not local_dir:
-        route(hub, folder, folder / name)  # the same route takes honest weights
+    route(hub, folder, folder / name)  # the same route takes honest weights
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('route', OURS + TIMMS)
+def test_a_pickle_called_safetensors(tmp_path, marker, hub, weights, route, kind):
+    folder = tmp_path / 'folder'
+    folder.mkdir()
+    file = folder / 'model.safetensors'
+    file.write_bytes(trap(kind, 'hidden', weights, marker))
+    with pytest.raises(Exception, match='refused' if route in OURS else None):
+        route(hub, folder, file)
+    if route in OURS:  # they go by what is in the file
+        file.write_bytes(_saved(weights))
+        route(hub, folder, file)
+        file = file.rename(folder / 'pytorch_model.bin')
+        file.write_bytes(save(weights))
+        route(hub, folder, file)
 
 
 @pytest.mark.parametrize('route', [hub_tag, hub_name, local_dir])
@@ -258,6 +433,57 @@ def test_file_names_of_a_hub_config_stay_in_the_repository(hub, weights, filenam
     with pytest.raises(ValueError, match='filename'):
         timm.create_model(f'hf-hub:{REPO}', pretrained=True)
     assert not hub.asked('planted')
+
+
+HOSTILE = {
+    'overlay': dict(model_args=dict(pretrained_cfg_overlay=dict(file='EVIL'))),
+    'cfg': dict(model_args=dict(pretrained_cfg=dict(file='EVIL'))),
+    'checkpoint': dict(model_args=dict(checkpoint_path='EVIL')),
+    'cache': dict(model_args=dict(cache_dir='EVIL')),
+    'warm start': dict(model_args=dict(rope_warm_start=True)),
+    'nested': dict(model_args=dict(pretrained_model_args=dict(rope_warm_start=True))),
+    'not strict': dict(model_args=dict(pretrained_strict=False)),
+    'filter': dict(model_args=dict(pretrained_filter_fn='os.system')),
+    'arguments': dict(model_args=dict(kwargs_filter=['rope_encoding'])),
+    'class': dict(model_args=dict(model_cls='os.system')),
+    'norm': dict(model_args=dict(norm_layer='os.system')),
+    'layer': dict(model_args=dict(mlp_layer='os.system')),
+    'activation': dict(model_args=dict(act_layer='os.system')),
+    'pruned': dict(model_args=dict(pruned=True)),
+    'state dict': dict(pretrained_cfg=dict(state_dict=dict(EVIL=0))),
+    'source': dict(pretrained_cfg=dict(source='', file='EVIL')),
+    'url': dict(pretrained_cfg=dict(url='http://127.0.0.1:9/EVIL', hf_hub_id='evil/evil')),
+    'format': dict(pretrained_cfg=dict(custom_load=True, file='EVIL')),
+    'hub format': dict(pretrained_cfg=dict(custom_load='hf', file='EVIL')),
+    'class names': dict(pretrained_cfg=dict(classifier=5, first_conv='nowhere')),
+    'architecture': dict(architecture='os.system'),
+    'path': dict(architecture='../EVIL'),
+    'source name': dict(architecture='hf-hub:evil/evil'),
+    'another model': dict(architecture='vit_tiny_rope_axial'),
+    'a model of timm': dict(architecture='resnet10t'),
+}
+
+
+@pytest.mark.parametrize('where', ['folder', 'hub'])
+@pytest.mark.parametrize('what', HOSTILE)
+def test_a_hostile_config_gets_its_own_weights_or_none(tmp_path, marker, hub, weights, where, what):
+    evil = tmp_path / 'evil.pth'
+    evil.write_bytes(_saved({**weights, 'head.weight': torch.zeros_like(weights['head.weight'])}))
+    assert create(checkpoint_path=str(evil)).head.weight.abs().max() == 0, 'the trap works'
+    config = dict(architecture=NAME, model_args=dict(TINY), pretrained_cfg=dict(num_classes=5))
+    for key, value in json.loads(json.dumps(HOSTILE[what]).replace('EVIL', str(evil))).items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    files = {'config.json': json.dumps(config).encode(), 'model.safetensors': save(weights)}
+    (tmp_path / 'folder').mkdir()
+    for name, data in files.items():
+        (tmp_path / 'folder' / name).write_bytes(data)
+    hub.add(REPO, files)
+    source = f'hf-hub:{REPO}' if where == 'hub' else f'local-dir:{tmp_path / "folder"}'
+    with contextlib.suppress(TypeError, ValueError, RuntimeError, KeyError, FileNotFoundError):
+        model = timm.create_model(source, pretrained=True)
+        state = model.state_dict()
+        assert state.keys() == weights.keys() and all(torch.equal(state[k], v) for k, v in weights.items())
+    assert not hub.asked('evil')
 
 
 @pytest.mark.parametrize('repo_id', ['../org/vit', 'org/../vit', '/etc/passwd', 'org/vit@../..', 'org\\vit'])

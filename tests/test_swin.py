@@ -224,8 +224,8 @@ def naver_swin(mixed=True, bias=False, window=4, seed=0):
     return {'model': state}
 
 
-def forward_naver(checkpoint, x, window, axial=False):
-    """Logits of NAVER's model in float64: windows and shifts by its rule, axial angles by theta 50."""
+def forward_naver(checkpoint, x, window, axial=False, theta=50.):
+    """Logits of NAVER's model in float64: windows and shifts by its rule, axial angles by `theta`."""
     state = double(checkpoint['model'])
     x = F.conv2d(x.double(), state['patch_embed.proj.weight'], state['patch_embed.proj.bias'], 4).permute(0, 2, 3, 1)
     x = norm(x, state, 'patch_embed.norm')
@@ -236,8 +236,8 @@ def forward_naver(checkpoint, x, window, axial=False):
             weights = double(state, f'layers.{stage}.blocks.{i}.')
             freqs = weights['attn.rope_freqs']
             if axial:
-                theta = 50. ** (-torch.arange(8).double() / 8)
-                freqs = torch.stack((F.pad(theta, (0, 8)), F.pad(theta, (8, 0)))).unsqueeze(1).expand_as(freqs)
+                w = theta ** (-torch.arange(8).double() / 8)
+                freqs = torch.stack((F.pad(w, (0, 8)), F.pad(w, (8, 0)))).unsqueeze(1).expand_as(freqs)
             matrices = torch.stack([torch.stack([
                 torch.from_numpy(oracle.pairs(32, n % used * head[0] + n // used * head[1])) for n in range(used * used)
             ]) for head in freqs.unbind(1)])
@@ -332,6 +332,47 @@ def test_an_axial_naver_file_means_temperature_50(tmp_path):
         assert make(encoding).rope.options['temperature'] == temperature
 
 
+@pytest.mark.parametrize('theta', [50., 10., 100.])
+def test_stored_axial_frequencies_tell_another_temperature(theta, tmp_path):
+    checkpoint = naver_swin(False)
+    x_half = theta ** (-torch.arange(8) / 8)
+    for key, freqs in checkpoint['model'].items():
+        if key.endswith('rope_freqs'):  # as cos and sin of float32 leave them
+            freqs[0] = torch.cat((x_half, -4.4e-8 * x_half))
+            freqs[1] = torch.cat((0 * x_half, x_half))
+    model = load(checkpoint, tmp_path, 'swin_tiny_rope_axial', window_rule='naver')
+    assert model.rope.options['temperature'] == theta
+    x = torch.randn(2, 3, 32, 32)
+    assert agree(model, x, forward_naver(checkpoint, x, 4, True, theta))
+    with pytest.raises(RuntimeError, match=f'temperature is {theta:.0f} there and 20 here'):
+        load(checkpoint, tmp_path, 'swin_tiny_rope_axial', rope_temperature=20.)
+    if theta != 50:
+        with pytest.raises(RuntimeError, match=f'temperature is {theta:.0f} there and 50 here'):
+            make('axial').load_state_dict(checkpoint['model'])
+
+
+def test_one_axial_block_does_not_make_an_axial_model():
+    checkpoint, axial = naver_swin(), naver_swin(False)
+    key = 'layers.0.blocks.0.attn.rope_freqs'
+    checkpoint['model'][key] = axial['model'][key]
+    assert recognise(checkpoint).encoding == 'mixed'
+
+
+def test_heads_of_an_axial_naver_file(tmp_path):
+    checkpoint = naver_swin(False)
+    with pytest.raises(RuntimeError, match=r'has \(1, 2\) heads in its stages, the model \(2, 4\)'):
+        load(checkpoint, tmp_path, 'swin_tiny_rope_axial', num_heads=(2, 4))
+    other = timm.create_model('swin_tiny_rope_axial', **{**SMALL, 'num_heads': (2, 4)})
+    with pytest.raises(RuntimeError, match='heads in its stages'):
+        other.load_state_dict(checkpoint['model'])
+    kwargs = {key: value for key, value in SMALL.items() if key != 'num_heads'}
+    torch.save(checkpoint, tmp_path / 'w.bin')
+    model = timm.create_model(
+        'swin_tiny_rope_axial', pretrained=True, **kwargs,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.bin'), num_classes=5))
+    assert [stage.blocks[0].attn.num_heads for stage in model.layers] == [1, 2]
+
+
 def test_recorded_window_is_that_of_the_tables_else_of_the_paper(tmp_path):
     checkpoint = naver_swin(window=5)
     assert load(checkpoint, tmp_path).rope.reference_grid.tolist() == [5, 5]
@@ -405,6 +446,22 @@ def test_a_swin_of_timm(bias, tmp_path, caplog):
     if bias:  # and without rotation it is theirs
         plain = load(state, tmp_path, name, rope_encoding='none')
         assert same(plain, theirs)
+
+
+@pytest.mark.parametrize('original', [False, True])
+def test_a_swin_of_timm_or_microsoft_with_the_tables_of_old_files(original, tmp_path):
+    theirs = loud(timm.create_model('swin_tiny_patch4_window7_224', **SMALL))
+    state = theirs.state_dict()
+    if original:
+        state = {
+            key.replace('layers.1.downsample', 'layers.0.downsample').replace('head.fc', 'head'): value
+            for key, value in state.items()}
+    tables = {'layers.0.blocks.0.attn.relative_position_index': torch.zeros(16, 16, dtype=torch.long),
+              'layers.0.blocks.1.attn_mask': torch.zeros(4, 16, 16)}
+    weights = recognise({'model': {**state, **tables}})
+    assert (weights.encoding, set(weights.left_out)) == ('none', set(tables))
+    plain = load({'model': {**state, **tables}}, tmp_path, 'swin_tiny_rope_mixed_rpb', rope_encoding='none')
+    assert same(plain, theirs)
 
 
 def test_warm_start_into_a_bias_and_from_another_encoding(tmp_path, caplog):

@@ -166,3 +166,27 @@ def test_a_feature_extractor_starts_warm():
     assert len(features(torch.randn(1, 3, 32, 32))) == 3
     assert torch.equal(features.model.blocks[0].attn.qkv.weight, saved.blocks[0].attn.qkv.weight)
     assert 'state_dict' not in features.pretrained_cfg and 'state_dict' not in features.model.pretrained_cfg
+
+
+@pytest.mark.parametrize('source,head', [
+    ('naver', True), ('deit3_small_patch16_224', True), ('vit_small_patch14_dinov2', False)])
+def test_as_train_py_asks_for_it(source, head, tmp_path, caplog):
+    """--pretrained-path FILE --num-classes 3 --img-size 48 --model-kwargs rope_warm_start=True"""
+    sizes = {**SIZES, 'depth': 2, 'num_classes': 5 if head else 0}
+    state = foreign.naver_vit() if source == 'naver' else timm.create_model(source, **sizes).state_dict()
+    torch.save(state, tmp_path / 'weights.pth')
+    overlay = dict(file=str(tmp_path / 'weights.pth'), num_classes=-1)  # -1 is what train.py writes there
+
+    def create(**kwargs):
+        return timm.create_model(
+            'vit_small_rope_spherical', pretrained=True, pretrained_cfg_overlay=overlay,
+            **{**SIZES, 'num_classes': 3, 'img_size': 48}, **kwargs)
+
+    with pytest.raises(RuntimeError, match='rope_warm_start=True'):
+        create()
+    with caplog.at_level(logging.INFO, 'timm_rope'):
+        model = create(rope_warm_start=True)
+    taken = state['model'] if source == 'naver' else state
+    assert torch.equal(model.blocks[1].mlp.fc2.weight, taken['blocks.1.mlp.fc2.weight'])
+    assert model.head.weight.shape == (3, 128) and model.rope.reference_grid.tolist() == [6, 6]
+    assert 'Left as they were: head.weight, head.bias' in caplog.text and 'Warm start' in caplog.text

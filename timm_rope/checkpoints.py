@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .coordinates import square_grid, to_grid
 from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise, signature
-from .mismatches import other_encoding, refuse_mismatches, warm_start_hint
+from .mismatches import other_encoding, refuse_mismatches, refuse_other_structure, warm_start_hint
 from .warm_start import take_over
 
 GRID = 'rope.reference_grid'
@@ -27,10 +27,18 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: Any) -> Dict[str, An
 
 
 def to_our_keys(model: Any, state_dict: Dict[str, Any]) -> Dict[str, Any]:
-    """The state dict itself, or converted if its keys are those of another project."""
+    """The state dict itself, or converted if its keys are those of another project.
+
+    Raises:
+        RuntimeError: The weights do not fit the model, which is built already; says how to build it.
+    """
     layout = find_layout(state_dict)
-    foreign = layout is not None and not isinstance(layout, (Ours, TimmVit))
-    return fit(recognise(state_dict), model) if foreign else state_dict
+    if layout is None or isinstance(layout, (Ours, TimmVit)):
+        return state_dict
+    weights = recognise(state_dict)
+    tensors = fit(weights, model)
+    refuse_other_structure(weights, model)
+    return tensors
 
 
 def fit(weights: Weights, model: Any, warm_start: bool = False) -> Dict[str, Tensor]:
@@ -153,6 +161,8 @@ def _explain(model: Any, state_dict: Dict[str, Any], prefix: str) -> str:
         return 'the checkpoint holds a rotary encoding, the model has none.'
     if model.rope is not None and not any(k.startswith(f'{prefix}rope.') for k in state_dict):
         return f'the checkpoint holds no rotary encoding, the model has {model.rope.name!r}.'
+    if model.pos_embed is not None and f'{prefix}pos_embed' not in state_dict:
+        return 'the checkpoint has no position embedding, the model has one.'
     stem = state_dict.get(f'{prefix}patch_embed.proj.weight')
     if isinstance(stem, Tensor) and stem.shape[0] != model.embed_dim:
         return f'the checkpoint is {stem.shape[0]} wide, the model {model.embed_dim}.'

@@ -5,7 +5,8 @@ from typing import Any, Callable, Dict, Iterable, List, Tuple
 from torch import Tensor
 
 from .encoding import RotaryEncoding
-from .layouts import Weights
+from .layouts import Weights, first
+from .norms import SpiralRmsNorm
 from .signature import read_signature, signature_conflicts
 
 _logger = logging.getLogger(__name__)
@@ -80,9 +81,37 @@ def refuse_mismatches(
         reasons += [f'missing {k} {shape_of(v)}' for k, v in expected.items() if k not in given]
         reasons += [f'unexpected {k} {shape_of(v)}' for k, v in given.items() if k not in expected]
     if reasons:
+        names = sorted(key[len(prefix):] for key in state_dict if key.startswith(prefix))
+        why = explain() if any(f'{prefix}{key}' in state_dict for key in model.state_dict()) else (
+            f'there is none of the keys of the model, but {first(names, 3) or "nothing"}: pass the weights themselves, '
+            f'without what a trainer puts around them or in front of their keys.')
         raise RuntimeError(
-            f'Error(s) in loading {layout} for {type(model).__name__}: {explain()}\n\t' + '\n\t'.join(reasons[:8])
+            f'Error(s) in loading {layout} for {type(model).__name__}: {why}\n\t' + '\n\t'.join(reasons[:8])
             + (f'\n\t... and {len(reasons) - 8} more' if len(reasons) > 8 else ''))
+
+
+def refuse_other_structure(weights: Weights, model: Any) -> None:
+    """Compare what stands in no key or shape with a ViT that was built before its weights were seen.
+
+    `create_model` builds a model as its weights need it; `load_state_dict` can only refuse.
+
+    Raises:
+        RuntimeError: Another number of heads or another norm; says with which arguments to build the model.
+    """
+    block, args = model.blocks[0], weights.model_args
+    wrong = []
+    if args.get('num_heads', block.attn.num_heads) != block.attn.num_heads:
+        wrong.append('num_heads')
+    if isinstance(block.norm1, SpiralRmsNorm) != (args.get('norm_layer') == 'spiral_rms'):
+        wrong.append('norm_layer')  # of any RMS norm the keys are the same
+    if 'norm_eps' in args and args['norm_eps'] != getattr(block.norm1, 'eps', None):
+        wrong.append('norm_eps')
+    if wrong:
+        needed = ', '.join(f'{key}={args.get(key)!r}' for key in wrong)
+        raise RuntimeError(f'{weights.layout} weights need a model that is built with {needed}.')
+    for key, why in weights.ask.items():
+        value = model.rope.options[key.removeprefix('rope_')]
+        _logger.warning(f'{weights.layout} weights do not tell {key}, the model has {value!r}: {why}.')
 
 
 def report_left(missing: List[str], unexpected: List[str]) -> None:

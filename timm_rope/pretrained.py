@@ -6,18 +6,20 @@ verified, and a model that cannot take them is not built in vain. Hashing runs b
 """
 import dataclasses
 import logging
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from timm.layers import trunc_normal_
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .checks import check_flag
-from .hub import fetch, verify
+from .hub import HubError, fetch
+from .hub_cache import verify, verify_cached
 from .layouts import Weights, first, recognise
-from .weight_files import read_weights
+from .weight_files import is_safetensors, read_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -76,6 +78,8 @@ def build(
 
 def _finish_init(model: Any, num_classes: Optional[int], pretrained_classes: Optional[int]) -> None:
     """Initialise what the weights did not: a head of another number of classes, as timm does by default."""
+    if not hasattr(model, 'get_classifier'):
+        return  # timm took the model apart for its features, and has no head
     model.weight_init_mode = ''
     head = model.get_classifier()
     if num_classes not in (None, pretrained_classes) and isinstance(head, nn.Linear):
@@ -111,16 +115,15 @@ class PretrainedSource:
         self.cfg, state_dict = _without_state_dict(name, pretrained_cfg, overlay)
         self.weights: Optional[Weights] = None
         self._verified: Optional[Future] = None
-        if self.cfg.get('custom_load'):
-            return  # a format of its own (.npz), for the model's `load_pretrained`
-        path = self._find(cache_dir) if state_dict is None else None
+        self._path: Optional[Path] = None
+        self._read: List[os.stat_result] = []
+        path = self._path = self._find(cache_dir) if state_dict is None else None
         if state_dict is None and path is None:
-            return  # a url, which timm downloads, or nothing, of which timm complains
+            return  # a url, which timm downloads, a format of its own, or nothing, of which timm complains
         try:
-            self.weights = recognise(read_weights(path) if path is not None else state_dict)
+            self.weights = recognise(self._read_file(path) if path is not None else state_dict)
         except Exception:
-            if self._verified is not None:
-                self._verified.result()  # bytes that were damaged on the way explain what they broke
+            self._wait()  # bytes that were damaged on the way explain what they broke
             raise
 
     def _find(self, cache_dir: Any) -> Optional[Path]:
@@ -128,18 +131,39 @@ class PretrainedSource:
         if source == 'local-dir':
             return find_weights(Path(str(file)))
         if file and source != 'hf-hub':
-            return Path(file)
+            # a format of its own (.npz) is for the model's `load_pretrained`
+            return None if self.cfg.get('custom_load') else Path(file)
         if not hub_id:
             return None
+        if source == 'hf-hub':
+            verify_cached(hub_id, 'config.json', cache_dir)  # timm has read it; nothing is built of it yet
         path = fetch(hub_id, self.cfg.get('hf_hub_filename'), cache_dir)
-        if path.suffix == '.safetensors':
-            # its tensors stay in the file until they are copied into the model, which waits for the result
-            pool = ThreadPoolExecutor(1)
-            self._verified = pool.submit(verify, path)
-            pool.shutdown(wait=False)
-        else:
-            verify(path)
+        try:
+            safe = is_safetensors(path)
+        except FileNotFoundError:  # another process found it damaged, as `verify` will say
+            safe = False
+        # tensors of safetensors stay in the file until they are copied into the model, which waits for the result
+        pool = ThreadPoolExecutor(1)
+        self._verified = pool.submit(verify, path)
+        pool.shutdown(wait=False)
+        if not safe:
+            self._verified.result()  # no pickle is opened before, whatever its name
         return path
+
+    def _read_file(self, path: Path) -> Dict[str, Any]:
+        """The file, and by which status a file that takes its place is told from it."""
+        before = path.stat() if path.is_file() else None
+        content = read_weights(path)
+        self._read = [status for status in (before, path.stat()) if status is not None]
+        return content
+
+    def _wait(self) -> None:
+        """Wait for the hash; what was hashed must be what was read."""
+        if self._verified is None:
+            return
+        hashed = self._verified.result()
+        if not all(os.path.samestat(hashed, status) for status in self._read):
+            raise HubError(f'{self._path} was replaced by another process while it was read: try again.')
 
     def model_args(self, given: Dict[str, Any], encoding: str) -> Dict[str, Any]:
         """Constructor arguments that the weights need and the caller did not give.
@@ -180,8 +204,7 @@ class PretrainedSource:
         try:
             tensors = self.fit(weights, model)
         finally:
-            if self._verified is not None:
-                self._verified.result()
+            self._wait()
         return tensors
 
     def restore_cfg(self, model: Any) -> None:

@@ -62,6 +62,10 @@ def fit(weights: Weights, model: Any, warm_start: bool = False) -> Dict[str, Ten
         model, tensors, '', True, lambda: _explain(model, tensors, ''), adapted=ADAPTED,
         compared=lambda key, value: shape_of(value)[1:] if key.endswith(BIAS) else shape_of(value),  # heads alone
         layout=weights.layout)
+    heads = tuple(stage.blocks[0].attn.num_heads for stage in model.layers)
+    told = weights.model_args.get('num_heads', heads)
+    if told != heads:  # which stands in no shape where frequencies are fixed
+        raise RuntimeError(f'The checkpoint ({weights.layout}) has {told} heads in its stages, the model {heads}.')
     return swin_filter_fn(tensors, model)
 
 
@@ -112,7 +116,7 @@ def _take_over(weights: Weights, tensors: Dict[str, Tensor], model: Any, rotatio
 
 def _explain(model: Any, state_dict: Dict[str, Any], prefix: str) -> str:
     """One sentence on what differs most: encoding, width or depth."""
-    rotary = any(ROPE in key for key in state_dict)
+    rotary = any('rope.' in key for key in state_dict)
     if rotary != (model.rope is not None):
         here = 'none' if model.rope is None else repr(model.rope.name)
         return f'the checkpoint holds {"a" if rotary else "no"} rotary encoding, the model has {here}.'

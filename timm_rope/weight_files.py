@@ -7,6 +7,8 @@ import argparse
 import pickle
 import pickletools
 import re
+import threading
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Union
 
@@ -19,6 +21,18 @@ ZIP, PICKLE = b'PK\x03\x04', b'\x80'
 SAFETENSORS = b'\0\0\0\0{'
 # torch.save writes this number first in the format it used up to torch 1.5
 LEGACY = pickle.dumps(0x1950a86a20f9469cfc6c, protocol=2)
+# what torch may unpickle is a global of torch: a thread that is done would take it away from another one
+UNPICKLING = threading.Lock()
+
+
+def is_safetensors(path: Union[str, Path]) -> bool:
+    """Whether a file begins as a safetensors file does, so that nothing in it is unpickled."""
+    with Path(path).open('rb') as file:
+        return _is_safetensors(file.read(64))
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b'{' and not head.startswith(ZIP) and (head[:1] != PICKLE or head[4:9] == SAFETENSORS)
 
 
 def read_weights(path: Union[str, Path]) -> Dict[str, Any]:
@@ -36,7 +50,8 @@ def read_weights(path: Union[str, Path]) -> Dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A directory, an empty, truncated or damaged file, no weight file, or no dictionary in it.
+        ValueError: A directory, an empty, truncated, damaged or compressed file, no weight file, or no dictionary in
+            it.
         RuntimeError: The file asks for Python objects that could run code. Nothing of it was run.
     """
     path = Path(path)
@@ -47,17 +62,18 @@ def read_weights(path: Union[str, Path]) -> Dict[str, Any]:
     with path.open('rb') as file:
         head = file.read(64)
     if head.startswith(ZIP):
+        _refuse_other_archives(path)
         # torch goes by the name, which is no reason to fail
         out = _torch_load(path, mmap=path.suffix != '.safetensors')
-    elif head.startswith(PICKLE) and head[4:9] != SAFETENSORS:
-        if not head.startswith(LEGACY):
-            raise _refusal(path, _named_globals(path))
-        out = _torch_load(path, mmap=False)
-    elif head[8:9] == b'{':
+    elif _is_safetensors(head):
         try:
             out = load_file(path)
         except (SafetensorError, ValueError) as e:
             raise ValueError(f'{path} is a truncated or damaged safetensors file ({e}): get it again.') from e
+    elif head.startswith(PICKLE):
+        if not head.startswith(LEGACY):
+            raise _refusal(path, _named_globals(path))
+        out = _torch_load(path, mmap=False)
     else:
         raise ValueError(f'{path} {_what_else(head)}')
     if not isinstance(out, dict):
@@ -65,9 +81,29 @@ def read_weights(path: Union[str, Path]) -> Dict[str, Any]:
     return out
 
 
+def _refuse_other_archives(path: Path) -> None:
+    """torch maps the records of an archive as they lie there: packed bytes would become weights, without an error."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception:  # what is wrong with it, torch says
+        return
+    if records and all(record.filename.endswith('.npy') for record in records):
+        raise ValueError(
+            f'{path} is a NumPy archive (.npz): load it into the model of timm that it is of, and save that one.')
+    if any(record.filename.partition('/')[2] == 'constants.pkl' for record in records):
+        return  # TorchScript, which does compress, and which torch refuses before it reads anything
+    # records that share their bytes unpack to more than the file as well
+    unpacked = sum(record.file_size for record in records)
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records) or unpacked > path.stat().st_size:
+        raise ValueError(
+            f'{path} is a compressed archive of {unpacked} bytes, which torch.save never writes: pack it anew without '
+            f'compression, or get the original.')
+
+
 def _torch_load(path: Path, mmap: bool) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with UNPICKLING, torch.serialization.safe_globals([argparse.Namespace]):
             if mmap:
                 return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
             with path.open('rb') as file:
@@ -94,7 +130,7 @@ def _refusal(path: Path, asked: List[str]) -> RuntimeError:
 def _blocked_globals(path: Path, error: Exception) -> List[str]:
     """Names of what torch refused, all of them where the format lets them be listed without unpickling."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with UNPICKLING, torch.serialization.safe_globals([argparse.Namespace]):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # legacy format, or opcodes torch does not know
         names = []

@@ -129,7 +129,7 @@ def _defaults() -> Dict[str, Any]:
 
 def _choose(
         weights: Weights, encoding: Optional[str], wanted: Dict[str, Any], models: Dict[str, Dict[str, Any]]) -> str:
-    """The model of the encoding that is nearest in position embedding, width and depth, in this order."""
+    """The model of the encoding that is nearest in position embedding or bias, width and depth, in this order."""
     stages = staged(weights)
     family = {name: args for name, args in models.items() if ('depths' in args) == stages}
     if not family:
@@ -142,6 +142,7 @@ def _choose(
         depth = 'depths' if stages else 'depth'
         return (
             args.get('pos_embed', 'none') != wanted['pos_embed'],
+            args.get('rel_pos_bias', False) != wanted.get('rel_pos_bias', False),
             abs(math.log(args['embed_dim'] / wanted['embed_dim'])),
             abs(sum(_tuple(args[depth])) - sum(_tuple(wanted[depth]))))
 
@@ -181,13 +182,14 @@ def _rope_args(weights: Weights, heads: Optional[int]) -> Dict[str, Any]:
 
 
 def _heads(
-        weights: Weights, sizes: Dict[str, Any], models: Dict[str, Dict[str, Any]], assumed: Dict[str, str]) -> int:
+        weights: Weights, sizes: Dict[str, Any], models: Dict[str, Dict[str, Any]], assumed: Dict[str, str]) -> Any:
     width = sizes['embed_dim']
     if weights.layout in HEADS_OF_64 and width % 64 == 0:
         assumed['heads'] = f'{width // 64} of 64 channels, as in all published models of {weights.layout}'
         return width // 64
+    stages = len(sizes.get('depths', ()))
     for args in models.values():
-        if args['embed_dim'] == width and 'depth' in args:
+        if args['embed_dim'] == width and len(args.get('depths', ())) == stages:
             assumed['heads'] = f'{args["num_heads"]}, as in the models here that are {width} wide'
             return args['num_heads']
     raise ValueError(

@@ -4,15 +4,19 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
-from ..hub import HubError, fetch, verify
+from ..hub import HubError, fetch
+from ..hub_cache import verify
 from ..pretrained import find_weights
 
 HUB = 'hf-hub:'
 CHUNK = 1 << 20
 # of a config.json, what says how images are prepared; its licence is not read: timm writes that of the architecture
 DATA_KEYS = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+# of the arguments of a train.py, which may come from anywhere, what is taken apart
+TRAINING_KINDS: Dict[str, Tuple[type, ...]] = dict(
+    model_kwargs=(dict,), mean=(list, tuple), std=(list, tuple), input_size=(list, tuple))
 
 
 @dataclass
@@ -72,9 +76,12 @@ def find_origin(source: str, filename: Optional[str] = None) -> Origin:
         verify(path)
         folder = (filename or '').rpartition('/')[0]
         try:
-            config = read_config(fetch(repo_id, f'{folder}/config.json' if folder else 'config.json'))
+            beside = fetch(repo_id, f'{folder}/config.json' if folder else 'config.json')
         except HubError:  # not there, or not to be had: then the user says what it would have said
             config = Config()
+        else:
+            verify(beside)
+            config = read_config(beside)
         return Origin(path, f'{source}, {path.name}', repo_id.partition('@')[0], config)
     path = Path(source)
     if path.is_dir():
@@ -110,11 +117,18 @@ def read_config(path: Path) -> Config:
 
 
 def training_config(checkpoint: Dict[str, Any]) -> Config:
-    """What a checkpoint of timm's train.py says: the arguments it was started with."""
+    """What a checkpoint of timm's train.py says: the arguments it was started with.
+
+    Raises:
+        ValueError: Arguments of other types than train.py has.
+    """
     args = checkpoint.get('args')
     if not isinstance(args, argparse.Namespace) or checkpoint.get('arch') is None:
         return Config()
     given = {key: value for key, value in vars(args).items() if value is not None}
+    for key, kind in TRAINING_KINDS.items():
+        if key in given and not isinstance(given[key], kind):
+            raise ValueError(f'args.{key} of the checkpoint is {given[key]!r}, which train.py never writes.')
     kwargs = {**(given.get('model_kwargs') or {}), **{key: given[key] for key in ('img_size',) if key in given}}
     data: Dict[str, Any] = {key: list(given[key]) for key in ('mean', 'std') if key in given}
     data.update({key: given[key] for key in ('crop_pct', 'interpolation') if given.get(key)})

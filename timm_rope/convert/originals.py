@@ -57,6 +57,8 @@ def find_original(weights: Weights, tensors: Dict[str, Tensor], model: nn.Module
         None where no implementation but ours is at hand.
     """
     ours: Any = model
+    if weights.layout not in (NaverVit.name, TimmEva.name, TimmVit.name):
+        return None
     block, known = ours.blocks[0], ours._model_args
     args: Dict[str, Any] = dict(
         patch_size=ours.patch_embed.patch_size, in_chans=ours.patch_embed.proj.in_channels,
@@ -78,14 +80,12 @@ def find_original(weights: Weights, tensors: Dict[str, Tensor], model: nn.Module
             use_rot_pos_emb=encoding != 'none', rope_type='mixed' if encoding == 'mixed' else 'cat',
             rope_grid_indexing='xy', rope_temperature=10. if encoding == 'mixed' else 100.)
         return Original("timm's Eva", True, Eva, out, args, *common)
-    if weights.layout == TimmVit.name:
-        args.update(
-            qk_norm=known.get('qk_norm', False), pre_norm=known.get('pre_norm', False),
-            reg_tokens=known.get('reg_tokens', 0), init_values=1e-4 if 'blocks.0.ls1.gamma' in out else None,
-            pos_embed='none' if ours.pos_embed is None else 'learn', act_layer=known.get('act_layer'),
-            norm_layer=get_norm(known.get('norm_layer'), known.get('norm_eps')))
-        return Original("timm's VisionTransformer", False, VisionTransformer, out, args, *common)
-    return None
+    args.update(
+        qk_norm=known.get('qk_norm', False), pre_norm=known.get('pre_norm', False),
+        reg_tokens=known.get('reg_tokens', 0), init_values=1e-4 if 'blocks.0.ls1.gamma' in out else None,
+        pos_embed='none' if ours.pos_embed is None else 'learn', act_layer=known.get('act_layer'),
+        norm_layer=get_norm(known.get('norm_layer'), known.get('norm_eps')))
+    return Original("timm's VisionTransformer", False, VisionTransformer, out, args, *common)
 
 
 def compare(original: Original, model: nn.Module, img_size: Tuple[int, int]) -> Dict[Tuple[int, int], float]:

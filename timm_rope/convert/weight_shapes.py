@@ -71,7 +71,7 @@ def positions(
         assumed: Takes what no source says.
 
     Returns:
-        `img_size`, `no_embed_class`.
+        `img_size`, `no_embed_class`, of a Swin `window_size`.
 
     Raises:
         ValueError: The position embedding is of another size than the user says, or of no known one.
@@ -79,6 +79,9 @@ def positions(
     stem = weights.tensors['patch_embed.proj.weight']
     patch = stem.shape[2], stem.shape[3]
     out: Dict[str, Any] = {}
+    window = _saved_grid(weights, 'layers.0.blocks.0.attn.rope.reference_grid')
+    if window is not None and not {'window_size', 'window_ratio'} & set(known):
+        out['window_size'] = window[0] if window[0] == window[1] else window
     grid = _saved_grid(weights, 'rope.reference_grid')
     if known.get('pos_embed') == 'learn' and 'pos_embed' in weights.tensors:
         tokens = weights.tensors['pos_embed'].shape[1]
@@ -103,6 +106,9 @@ def positions(
             img_size = grid[0] * patch[0], grid[1] * patch[1]
         elif config_size is not None:
             img_size = tuple(config_size[-2:])  # type: ignore[assignment]
+        elif window is not None:
+            img_size = 32 * window[0], 32 * window[1]
+            assumed['image size'] = f'{img_size[0]} x {img_size[1]}, 32 times the window as in the models here'
         else:
             img_size = (224, 224)
             assumed['image size'] = '224 x 224'

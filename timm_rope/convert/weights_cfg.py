@@ -65,7 +65,7 @@ def pretrained_cfg(
         if len(values) != channels:
             if key in given:
                 raise ValueError(f'{key} must have 1 or {channels} numbers, one for each channel, got {cfg[key]}.')
-            raise ValueError(f'Images of {channels} channels: say their {key} with --{key}.')
+            raise ValueError(f'Images of {channels} channel{"s"[channels == 1:]}: say their {key} with --{key}.')
         if key == 'std' and not all(v > 0 for v in values):
             raise ValueError(f'std must be positive, got {cfg[key]}.')
         cfg[key] = tuple(values)

@@ -1,5 +1,6 @@
 """The one place that understands how others name their weights."""
 import logging
+import re
 from typing import Any, Dict, List, Optional
 
 from .base import Layout as Layout
@@ -46,13 +47,33 @@ def recognise(checkpoint: Any) -> Weights:
         fewest = min(map(len, differences.values()))
         nearest = '; '.join(f'{name} ({first(d)})' for name, d in differences.items() if len(d) == fewest)
         raise RuntimeError(
-            f'The checkpoint fits none of the known layouts ({", ".join(differences)}). Nearest: {nearest}. It has '
-            f'{len(tensors)} tensors: {first(sorted(tensors))}.')
+            f'The checkpoint fits none of the known layouts ({", ".join(differences)}). {_inside(tensors)}Nearest: '
+            f'{nearest}. It has {len(tensors)} tensors: {first(sorted(tensors))}.')
     if average:
         used = 'averaged (EMA)' if layout.prefer_average else 'raw'
         _logger.info(f'{layout.name} checkpoint with raw and averaged weights: the {used} ones are used.')
         tensors = average if layout.prefer_average else tensors
-    weights = layout.convert(tensors, extra)
+    try:
+        weights = layout.convert(tensors, extra)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise RuntimeError(
+            f'The checkpoint has keys of {layout.name}, but is damaged or of no model that project published '
+            f'({type(e).__name__}: {e}).') from e
     if weights.left_out:
         _logger.info(f'{layout.name} checkpoint: left out {first(sorted(weights.left_out))}.')
     return weights
+
+
+def _inside(tensors: Dict[str, Any]) -> str:
+    """A sentence on weights that stand under a prefix, which only the user can know to be the ones that are meant."""
+    found = (re.fullmatch(r'(.+\.)(to_)?patch_embed(ding)?\..*', key) for key in sorted(tensors))
+    prefixes = {}
+    for prefix in dict.fromkeys(match[1] for match in found if match):
+        part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        layout = find_layout(part)
+        if layout is not None:
+            prefixes[prefix] = layout.name
+    if not prefixes:
+        return ''
+    names = ', '.join(f'those that begin with {prefix!r} are {name}' for prefix, name in prefixes.items())
+    return f'Of its keys {names}: save these alone, without the prefix. '

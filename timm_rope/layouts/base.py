@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..encodings import ENCODINGS
+from ..signature import format_signature, parse_signature
 
 # what trainers call the weights in their checkpoints: (raw, averaged)
 CONTAINERS = (('state_dict', 'state_dict_ema'), ('model', 'model_ema'), ('module', 'module_ema'))
@@ -75,11 +76,15 @@ def unwrap(checkpoint: Any) -> Tuple[Dict[str, Tensor], Dict[str, Tensor], Dict[
         The tensors without the prefixes of wrappers, the averaged (EMA) ones if there are any, and the rest.
 
     Raises:
-        RuntimeError: No dict, or no tensors in it.
+        RuntimeError: No dict, no tensors in it, or one that holds itself.
     """
     extra: Dict[str, Any] = {}
     average: Dict[str, Tensor] = {}
+    seen: List[int] = []
     while isinstance(checkpoint, dict):
+        if id(checkpoint) in seen:
+            raise RuntimeError('The checkpoint holds itself.')
+        seen.append(id(checkpoint))
         for raw, averaged in CONTAINERS:
             inner = checkpoint.get(raw, checkpoint.get(averaged))
             if isinstance(inner, dict):
@@ -112,9 +117,13 @@ def _plain(state_dict: Dict[str, Any]) -> Dict[str, Tensor]:
     return tensors
 
 
-def signature(encoding: str, **options: Any) -> Tensor:
-    """`rope.signature` of converted weights."""
-    return torch.tensor(list(ENCODINGS[encoding].signature_of(options).encode()), dtype=torch.uint8)
+def signature(encoding: str, unknown: Tuple[str, ...] = (), **options: Any) -> Tensor:
+    """`rope.signature` of converted weights; it does not name `unknown` options, which then agree with any."""
+    text = ENCODINGS[encoding].signature_of(options)
+    if unknown:
+        _, named = parse_signature(text) or (encoding, {})
+        text = format_signature(encoding, {k: v for k, v in named.items() if k not in unknown})
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def rename(tensors: Dict[str, Tensor], *pairs: Tuple[str, str]) -> Dict[str, Tensor]:

@@ -32,7 +32,7 @@ class LieREVit(Layout):
     """
     name = 'LieRE'
     marks = ('to_patch_embedding.1.weight', 'cls_token', 'pos_embedding', 'transformer.layers.0.0.fn.to_qkv.weight',
-             'mlp_head.1.weight')
+             'transformer.layers.0.1.fn.net.0.weight', 'mlp_head.1.weight')
 
     def convert(self, tensors: Dict[str, Tensor], extra: Dict[str, Any]) -> Weights:
         out = {}

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .base import Layout, Weights, count_blocks, rename, signature
+from .timm_swin import SWIN_TABLES, TABLE, from_original_swin
 
 HEAD_DIM = 64  # of every published ViT
 SWIN_TEMPERATURE = 50.  # of the axial Swin models; the axial ViTs have 100
-TABLE = 'a table that is computed from the grid'
+# models with the same keys and these are others: timm's Evas of other coordinates (DINOv3, PE), CaiT
+FOREIGN = ('rope.', 'reg_token', 'fc_norm.', 'norm_pre.', 'attn_pool.', 'blocks_token_only.')
 
 
 class NaverVit(Layout):
@@ -22,8 +24,7 @@ class NaverVit(Layout):
     prefer_average = False  # the accuracies they publish are those of the raw weights
 
     def differences(self, tensors: Dict[str, Tensor]) -> List[str]:
-        # timm's Eva has models with the same keys and these, whose coordinates are others
-        foreign = [key for key in tensors if key.startswith(('rope.', 'reg_token', 'fc_norm.'))]
+        foreign = [key for key in tensors if key.startswith(FOREIGN)]
         return super().differences(tensors) + [f'unexpected {key}' for key in foreign]
 
     def convert(self, tensors: Dict[str, Tensor], extra: Dict[str, Any]) -> Weights:
@@ -31,8 +32,7 @@ class NaverVit(Layout):
         out = layer_scale({key: value for key, value in tensors.items() if key not in left_out})
         weights = Weights(self.name, out, left_out=left_out)
         if len(left_out) == 2:  # column and row numbers of the tokens: the grid the weights were trained on
-            grid = [1 + int(tensors[key].max()) for key in ('freqs_t_y', 'freqs_t_x')]
-            out['rope.reference_grid'] = torch.tensor(grid)
+            out['rope.reference_grid'] = grid_of_tables(tensors, 'freqs_t_y', 'freqs_t_x')
         if 'freqs' in out:
             freqs, depth = out.pop('freqs'), count_blocks(tensors)
             width = tensors['patch_embed.proj.weight'].shape[0]
@@ -65,37 +65,34 @@ class TimmEva(Layout):
 class NaverSwin(Layout):
     """NAVER's Swin files, converted to the keys of timm's SwinTransformer and of our encodings.
 
-    Patch merging stands at the end of a stage there and at the start of the next one in timm. Frequencies are
-    `attn.rope_freqs` (2, heads, pairs) of each block. Axial models save theirs too but turn by a table of their own,
-    which the saved ones need not agree with.
+    Frequencies are `attn.rope_freqs` (2, heads, pairs) of each block. Axial models save theirs too, but turn by a table
+    that is made with them and not saved. If they are a geometric series they tell the temperature.
     """
     name = 'NAVER RoPE-Swin'
     marks = ('patch_embed.proj.weight', 'layers.0.blocks.0.attn.qkv.weight', 'layers.0.blocks.0.attn.rope_freqs')
     prefer_average = False
 
     def convert(self, tensors: Dict[str, Tensor], extra: Dict[str, Any]) -> Weights:
-        tables = ('attn_mask', 'attn.relative_position_index', 'attn.rope_t_x', 'attn.rope_t_y')
+        tables = (*SWIN_TABLES, 'attn.rope_t_x', 'attn.rope_t_y')
         weights = Weights(self.name, {}, left_out={key: TABLE for key in tensors if key.endswith(tables)})
-        # an axial table is the x half of the channels, then the y half: nothing on the other axis
-        freqs = tensors[self.marks[2]]
-        half = freqs.shape[-1] // 2
-        axial = bool(freqs[0, :, half:].abs().max() < 1e-5 and freqs[1, :, :half].abs().max() < 1e-5)
-        weights.encoding = 'axial' if axial else 'mixed'
+        freqs = [value for key, value in tensors.items() if key.endswith('.attn.rope_freqs')]
+        weights.encoding = 'axial' if all(map(_is_axial, freqs)) else 'mixed'
+        stages = count_blocks(tensors, 'layers.')
+        first_blocks = [tensors.get(f'layers.{i}.blocks.0.attn.rope_freqs') for i in range(stages)]
+        weights.model_args['num_heads'] = tuple(int(each.shape[1]) for each in first_blocks if each is not None)
+        temperature = _temperature(freqs[0]) if weights.encoding == 'axial' else SWIN_TEMPERATURE
+        if temperature != SWIN_TEMPERATURE:
+            weights.model_args['rope_temperature'] = temperature
+        rest = {}
         for key, value in tensors.items():
-            if key in weights.left_out:
-                continue
-            parts = key.split('.')
-            if parts[-1] == 'rope_freqs':
-                self._rotation(key, tensors, weights)
-                continue
-            if parts[0] == 'layers' and parts[2] == 'downsample':
-                parts[1] = str(int(parts[1]) + 1)
-            elif parts[0] == 'head':
-                parts.insert(1, 'fc')
-            weights.tensors['.'.join(parts)] = value
+            if key.endswith('.attn.rope_freqs'):
+                self._rotation(key, tensors, weights, temperature)
+            elif key not in weights.left_out:
+                rest[key] = value
+        weights.tensors.update(from_original_swin(rest))
         return weights
 
-    def _rotation(self, key: str, tensors: Dict[str, Tensor], weights: Weights) -> None:
+    def _rotation(self, key: str, tensors: Dict[str, Tensor], weights: Weights, temperature: float) -> None:
         freqs, attention = tensors[key], key.removesuffix('rope_freqs')
         width = tensors[f'{attention}qkv.weight'].shape[0] // 3
         if freqs.ndim != 3 or freqs.shape[0] != 2 or 2 * freqs.shape[1] * freqs.shape[2] != width:
@@ -106,12 +103,46 @@ class NaverSwin(Layout):
             weights.tensors[f'{attention}rope.freqs'] = freqs.unsqueeze(1)
             weights.tensors[f'{attention}rope.signature'] = signature('mixed')
         else:
-            weights.left_out[key] = 'frequencies that nothing reads'
-            weights.tensors[f'{attention}rope.signature'] = signature('axial', temperature=SWIN_TEMPERATURE)
+            weights.left_out[key] = 'frequencies, which the encoding computes'
+            weights.tensors[f'{attention}rope.signature'] = signature('axial', temperature=temperature)
         # row and column numbers of the tokens of a window: the one the weights were trained with
-        places = [tensors.get(f'{attention}{table}') for table in ('rope_t_y', 'rope_t_x')]
-        window = [7 if place is None else 1 + int(place.max()) for place in places]
-        weights.tensors[f'{attention}rope.reference_grid'] = torch.tensor(window)
+        tables = f'{attention}rope_t_y', f'{attention}rope_t_x'
+        window = grid_of_tables(tensors, *tables) if set(tables) <= set(tensors) else torch.tensor([7, 7])
+        weights.tensors[f'{attention}rope.reference_grid'] = window
+
+
+def _is_axial(freqs: Tensor) -> bool:
+    """The x half of the pairs, then the y half: nothing on the other axis but the cosine of pi / 2 in float32."""
+    half = freqs.shape[-1] // 2
+    return freqs.ndim == 3 and bool(max(freqs[0, :, half:].abs().max(), freqs[1, :, :half].abs().max()) < 1e-5)
+
+
+def _temperature(freqs: Tensor) -> float:
+    """Of axial frequencies (2, heads, pairs), temperature^(-k / groups); the published one if they are of no series."""
+    groups = freqs.shape[-1] // 2
+    x = freqs[0, :, :groups].double()
+    if groups < 2 or not bool((x > 0).all()):
+        return SWIN_TEMPERATURE
+    temperature = float((x[0, 0] / x[0, -1]) ** (groups / (groups - 1)))
+    series = temperature ** (-torch.arange(groups, dtype=torch.float64) / groups)
+    same = all(torch.allclose(each.double(), series.expand_as(x), rtol=1e-3) for each in (x, freqs[1, :, groups:]))
+    return float(f'{temperature:.3g}') if same else SWIN_TEMPERATURE
+
+
+def grid_of_tables(tensors: Dict[str, Tensor], rows: str, columns: str) -> Tensor:
+    """(rows, columns) of patches whose row and column numbers, in any order, stand under these two keys.
+
+    Raises:
+        RuntimeError: They are not the places of a whole grid.
+    """
+    y, x = (tensors[key].detach().double().flatten() for key in (rows, columns))
+    if 0 < len(y) == len(x) and bool((y + x).isfinite().all()):
+        grid = [int(1 + y.max()), int(1 + x.max())]
+        numbers = (y * grid[1] + x).sort().values
+        if grid[0] * grid[1] == len(x) and torch.equal(numbers, torch.arange(len(x), dtype=x.dtype)):
+            return torch.tensor(grid)
+    raise RuntimeError(
+        f'{rows} and {columns} must hold the row and column numbers of all patches of a grid; these are of none.')
 
 
 def layer_scale(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:

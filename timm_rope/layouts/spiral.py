@@ -30,7 +30,7 @@ class SpiralDeit(Layout):
         if any(not torch.equal(freqs, other.double()) for other in buffers.values()):
             raise RuntimeError(f'{self.name}: the blocks have different frequencies, which no model here computes.')
         scale, groups = float(freqs[0]), len(freqs)
-        temperature = float((freqs[0] / freqs[-1]) ** (groups / (groups - 1)))
+        temperature = float((freqs[0] / freqs[-1]) ** (groups / max(groups - 1, 1)))
         expected = scale * temperature ** (-torch.arange(groups, dtype=torch.float64) / groups)
         args = extra.get('args')
         args = args if isinstance(args, dict) else getattr(args, '__dict__', {})
@@ -41,7 +41,7 @@ class SpiralDeit(Layout):
         if re.search(r'_rms\d+h', str(args.get('model', ''))):
             raise RuntimeError(f'{self.name}: {args["model"]} normalises per head, which no model here does.')
 
-        options = dict(temperature=float(f'{temperature:.4g}'), scale=float(f'{scale:.4g}'), clamp=True)
+        options: Dict[str, Any] = dict(temperature=float(f'{temperature:.4g}'), scale=float(f'{scale:.4g}'), clamp=True)
         side = math.isqrt(tensors['pos_embed'].shape[1])
         patch = tensors['patch_embed.proj.weight'].shape[-1]
         weights = Weights(
@@ -55,9 +55,12 @@ class SpiralDeit(Layout):
         if 'rotate' not in args:
             weights.ask['rope_directions'] = (
                 'the checkpoint holds no training arguments (`args.rotate`); the paper uses 16 directions')
+            out['rope.signature'] = signature('spiral', ('directions',), **options)
         else:
             # their angle map is turned in `rotate` steps of less than 90 degrees, rows and columns alike
-            options['directions'] = 2 * max(int(args['rotate']), 1)
+            if not isinstance(args['rotate'], int):
+                raise RuntimeError(f'{self.name}: args.rotate must be an integer, got {args["rotate"]!r}.')
+            options['directions'] = 2 * max(args['rotate'], 1)
             weights.model_args['rope_directions'] = options['directions']
             out['rope.signature'] = signature('spiral', **options)
         return weights

@@ -14,7 +14,10 @@ class TimmVit(Layout):
 
     def differences(self, tensors: Dict[str, Tensor]) -> List[str]:
         foreign = [key for key in tensors if key in ('blocks.0.gamma_1', 'freqs') or key.startswith('rope.')]
-        return super().differences(tensors) + [f'unexpected {key}' for key in foreign]
+        # rotary models of timm that leave no trace of it (PE) have no last norm
+        normed = any(key in tensors for key in ('norm.weight', 'fc_norm.weight'))
+        return super().differences(tensors) + [f'unexpected {key}' for key in foreign] + (
+            [] if normed else ['missing norm.weight'])
 
     def convert(self, tensors: Dict[str, Tensor], extra: Dict[str, Any]) -> Weights:
         return Weights(self.name, dict(tensors), encoding='none')
@@ -23,12 +26,12 @@ class TimmVit(Layout):
 class Ours(Layout):
     """Models of this package: the keys of timm's VisionTransformer and `rope.*`."""
     name = 'timm_rope'
-    marks = TimmVit.marks
+    # without its signature an encoding of fixed frequencies is any other one
+    marks = (*TimmVit.marks, 'rope.signature')
 
     def differences(self, tensors: Dict[str, Tensor]) -> List[str]:
-        rotary = any(key.startswith('rope.') for key in tensors)
         foreign = ['unexpected blocks.0.gamma_1'] if 'blocks.0.gamma_1' in tensors else []
-        return super().differences(tensors) + foreign + ([] if rotary else ['missing rope.*'])
+        return super().differences(tensors) + foreign
 
     def convert(self, tensors: Dict[str, Tensor], extra: Dict[str, Any]) -> Weights:
         saved = read_signature(tensors.get('rope.signature'))
