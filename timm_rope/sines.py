@@ -15,8 +15,7 @@ from .precision import recording, transformed, widest
 def cos_sin(position: Tensor, freqs: Tensor) -> Tuple[Tensor, Tensor]:
     """cos and sin of position * frequency: (n,) and (L, H, G) -> two (L, H, n, G) in the dtype of `freqs`."""
     if not torch.jit.is_scripting():
-        several = freqs.numel() > freqs.shape[-1]
-        if several and torch.compiler.is_compiling() and not recording() and not transformed():
+        if torch.compiler.is_compiling() and not recording() and not transformed() and freqs.numel() > freqs.shape[-1]:
             out = operator(position, freqs)
             return out[0], out[1]
     return _cos_sin(position, freqs)
