@@ -52,7 +52,7 @@ ALLOWED = {
     'reparametrize': {'encoding', 'encodings', 'models', 'rotation', 'saved_encoding', 'swin'},
     'convert': {
         '_version', 'checkpoints', 'coordinates', 'encoding', 'hub', 'hub_cache', 'layouts', 'norms', 'plugin',
-        'pretrained', 'saved_encoding', 'swin_checkpoints', 'vit', 'weight_files'},
+        'pretrained', 'saved_encoding', 'signature', 'swin_checkpoints', 'vit', 'weight_files'},
     'models': {'checkpoints', 'encoding', 'encodings', 'pretrained', 'swin', 'swin_checkpoints', 'vit'},
     'small_data': set(),
     'properties': {'encodings'},

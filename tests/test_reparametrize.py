@@ -1,6 +1,7 @@
 """Exact changes of encoding: the same function, everything else untouched, and a reason where there is none."""
 import copy
 import itertools
+import re
 
 import numpy as np
 import oracle
@@ -426,10 +427,19 @@ def test_what_sharing_would_not_change_is_not_called_shared():
         assert repr(rope) == repr(model.rope) and torch.equal(rope.freqs, model.rope.freqs)
 
 
-def test_num_heads_is_asked_for_where_they_do_not():
-    for name, target in (('axial', 'mixed'), ('liere', 'liere')):
-        with pytest.raises(ValueError, match='num_heads must be given: .* of width 48.* fits 1, 2, 3'):
-            convert_encoding(model_of(name).state_dict(), target)
+@pytest.mark.parametrize('name,target', [('axial', 'mixed'), ('liere', 'liere')])
+def test_num_heads_is_asked_for_where_nothing_tells_it(name, target):
+    model = model_of(name)
+    weights = model.state_dict()
+    told = convert_encoding(weights, target)
+    assert all(torch.equal(v, told[k]) for k, v in convert_encoding(model, target).state_dict().items())
+    text = bytes(weights['rope.signature'].tolist()).decode()
+    weights.update(named(re.sub(',head_dim=[0-9]+', '', text)))
+    with pytest.raises(ValueError, match='num_heads must be given: .* of width 48.* fits 1, 2, 3'):
+        convert_encoding(weights, target)
+
+
+def test_num_heads_that_cannot_be():
     for wrong in (5, 0, 48):
         with pytest.raises(ValueError, match=f'num_heads={wrong} does not fit'):
             convert_encoding(model_of('axial').state_dict(), 'mixed', num_heads=wrong)

@@ -483,7 +483,7 @@ def test_warm_start_into_a_bias_and_from_another_encoding(tmp_path, caplog):
 @pytest.mark.parametrize('source,kwargs,change,error,words', [
     ('spherical', {}, {}, RuntimeError, "'spherical' is not 'mixed'"),
     ('mixed', dict(rope_coords='cells'), {}, RuntimeError, 'coords is cells there and index here'),
-    ('mixed', dict(embed_dim=64, num_heads=(1, 2)), {}, RuntimeError, 'the checkpoint is 64 wide, the model 32'),
+    ('mixed', dict(embed_dim=64, num_heads=(2, 4)), {}, RuntimeError, 'the checkpoint is 64 wide, the model 32'),
     ('mixed', {}, dict(layers__1__blocks__1__attn__rope__freqs=torch.full((2, 1, 2, 16), math.nan)), ValueError,
      r'layers\.1\.blocks\.1\.attn\.rope\.freqs of the checkpoint has 64 non-finite'),
     ('mixed', {}, dict(layers__1__blocks__1__attn__rope__reference_grid=torch.tensor([0, 4])), ValueError,

@@ -276,12 +276,22 @@ def test_other_options_are_refused(name, options):
     make(f'vit_tiny_rope_{name}', **options).load_state_dict(saved)
 
 
+@pytest.mark.parametrize('name', [
+    'vit_tiny_rope_axial', 'vit_tiny_rope_spherical', 'vit_tiny_rope_mixed', 'vit_tiny_rope_liere'])
+def test_another_number_of_heads_is_refused(name):
+    """Where nothing is learned, and in LieRE, no shape tells it."""
+    saved = make(name, num_heads=1).state_dict()
+    with pytest.raises(RuntimeError, match='head_dim is 24 there and 8 here'):
+        make(name, num_heads=3).load_state_dict(saved)
+    make(name, num_heads=1).load_state_dict(saved)
+
+
 def test_options_that_only_matter_for_initialisation_are_not_compared():
     make('vit_tiny_rope_mixed').load_state_dict(make('vit_tiny_rope_mixed', rope_temperature=50.).state_dict())
 
 
 @pytest.mark.parametrize('change,words', [
-    (dict(embed_dim=48), 'the checkpoint is 48 wide, the model 24'),
+    (dict(embed_dim=48, num_heads=4), 'the checkpoint is 48 wide, the model 24'),
     (dict(depth=2), 'the checkpoint has 2 blocks, the model 3'),
     (dict(num_classes=7), 'head.weight is (7, 24), the model needs (5, 24)'),
     (dict(rope_encoding='none'), "holds no rotary encoding, the model has 'mixed'"),

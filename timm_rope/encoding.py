@@ -122,7 +122,7 @@ class RotaryEncoding(nn.Module):
         self.coords: str = self.options['coords']
         self.rotation = self.make_rotation()
         self._initial_grid = to_grid(reference_grid, 'reference_grid')
-        self._signature = self.signature_of(self.options)
+        self._signature = self.signature_of(self.options, self.head_dim)
         self._cache = PayloadCache()
         self.set_scaling(scaling, log_n)
         self._shift = check_amount(shift, 'shift', 0.)
@@ -150,12 +150,14 @@ class RotaryEncoding(nn.Module):
         return {**cls.defaults, **(SHARING if cls.learned else {})}
 
     @classmethod
-    def signature_of(cls, options: Dict[str, Any]) -> str:
+    def signature_of(cls, options: Dict[str, Any], head_dim: Optional[int] = None) -> str:
         """Text that is saved with weights of these options; those not given have their defaults."""
         # what only matters for initialisation, or shows in the shapes, is not compared with a checkpoint
         ignored = {*SHARING, 'temperature'} if cls.learned else set()
-        return format_signature(
-            cls.name, {k: v for k, v in {**cls.option_defaults(), **options}.items() if k not in ignored})
+        named = {k: v for k, v in {**cls.option_defaults(), **options}.items() if k not in ignored}
+        if head_dim is not None:
+            named['head_dim'] = head_dim  # nothing else in a checkpoint need tell the number of heads
+        return format_signature(cls.name, named)
 
     def _checked(self, options: Dict[str, Any]) -> Dict[str, Any]:
         taken = self.option_defaults()

@@ -27,7 +27,7 @@ def other_encoding(weights: Weights, tensors: Dict[str, Tensor], encodings: Dict
         return f'holds {_called(weights.encoding)}, the model has {_called(name)}'
     for prefix, rope in encodings.items():
         saved = read_signature(tensors.get(f'{prefix}signature'))
-        conflict = signature_conflicts(saved, rope.signature_of(rope.options)) if saved else ''
+        conflict = signature_conflicts(saved, rope.signature_of(rope.options, rope.head_dim)) if saved else ''
         if conflict:
             return f'holds the rotary encoding {saved}: {conflict}'
     return ''

@@ -47,6 +47,7 @@ def read_encoding(state_dict: Dict[str, Any], prefix: str, num_heads: Optional[i
     if parsed is None:
         raise ValueError(f'{prefix}signature cannot be read (meta device?): load the weights into a model first.')
     name, saved = parsed
+    head_dim = saved.pop('head_dim', '')
     defaults = ENCODINGS[name].option_defaults() if name in ENCODINGS else {}
     if not defaults or not set(saved) <= set(defaults):
         raise ValueError(
@@ -69,7 +70,8 @@ def read_encoding(state_dict: Dict[str, Any], prefix: str, num_heads: Optional[i
     wide = state_dict[needed[2] if learned else qkv].dtype == torch.float64
 
     fitting: Dict[int, RotaryEncoding] = {}
-    for heads in [h for h in range(1, width + 1) if width % h == 0 and num_heads in (None, h)]:
+    possible = [h for h in range(1, width + 1) if width % h == 0 and num_heads in (None, h)]
+    for heads in [h for h in possible if head_dim in ('', str(width // h))]:
         for shared in product((False, True), repeat=2 if learned else 0):
             try:
                 rope = create_rope(
@@ -81,7 +83,8 @@ def read_encoding(state_dict: Dict[str, Any], prefix: str, num_heads: Optional[i
             if all(expected[key] == shape for key, shape in shapes.items()):
                 fitting.setdefault(heads, rope)
     if len(fitting) != 1:
-        described = ''.join(f', {key} {shape}' for key, shape in shapes.items())
+        described = f', head_dim {head_dim}' if head_dim else ''
+        described += ''.join(f', {key} {shape}' for key, shape in shapes.items())
         raise ValueError(
             f'num_heads={num_heads} does not fit the state dict of {name!r} (width {width}{described}).' if not fitting
             else f'num_heads must be given: {name!r} of width {width}{described} fits '

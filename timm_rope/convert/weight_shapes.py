@@ -1,9 +1,12 @@
 """What the shapes of weights say of the model they are of."""
 from typing import Any, Dict, Optional, Tuple
 
+from torch import Tensor
+
 from ..coordinates import square_grid
 from ..layouts import NaverVit, TimmEva, Weights, is_trained
 from ..layouts.base import count_blocks
+from ..signature import parse_signature, read_signature
 
 
 def read_sizes(weights: Weights) -> Dict[str, Any]:
@@ -18,10 +21,7 @@ def read_sizes(weights: Weights) -> Dict[str, Any]:
         num_classes=0 if head is None else head.shape[0])
     if staged(weights):
         stages = [count_blocks(tensors, f'layers.{i}.blocks.') for i in range(count_blocks(tensors, 'layers.'))]
-        # (2, heads, pairs) at NAVER, (2, 1, heads, ...) in learned encodings of ours
-        names = [f'layers.{i}.blocks.0.attn.rope' for i in range(len(stages))]
-        heads = tuple(tensors[f'{name}_freqs'].shape[1] for name in names if f'{name}_freqs' in tensors)
-        heads += tuple(tensors[f'{name}.freqs'].shape[2] for name in names if f'{name}.freqs' in tensors)
+        heads = tuple(filter(None, (_heads_of(tensors, f'layers.{i}.blocks.0.attn.') for i in range(len(stages)))))
         bias = any(key.endswith('relative_position_bias_table') for key in tensors)
         return {**args, **(dict(num_heads=heads) if len(heads) == len(stages) else {}), 'depths': tuple(stages),
                 **(dict(rel_pos_bias=True) if bias else {})}
@@ -38,6 +38,18 @@ def read_sizes(weights: Weights) -> Dict[str, Any]:
     if 'fc_norm.weight' in tensors:
         args['global_pool'] = 'avg'
     return args
+
+
+def _heads_of(tensors: Dict[str, Tensor], attention: str) -> int:
+    """Heads of one attention of a Swin as its encoding tells them, 0 if it does not."""
+    name = f'{attention}rope'
+    if f'{name}_freqs' in tensors:  # NAVER's, (2, heads, pairs)
+        return tensors[f'{name}_freqs'].shape[1]
+    if f'{name}.freqs' in tensors:
+        return tensors[f'{name}.freqs'].shape[2]
+    _, options = parse_signature(read_signature(tensors.get(f'{name}.signature')) or '') or ('', {})
+    head_dim = options.get('head_dim', '')
+    return tensors[f'{attention}qkv.weight'].shape[0] // (3 * int(head_dim)) if head_dim.isdigit() else 0
 
 
 def staged(weights: Weights) -> bool:
