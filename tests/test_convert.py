@@ -383,6 +383,9 @@ def test_bare_weights_of_a_swin_of_ours(convert):
     assert convert(source, 'other', '--model-args', 'num_heads=(1, 2, 4, 8)')[0] == 0
     configs = [json.loads(Path(name, 'config.json').read_text())['model_args'] for name in ('told', 'other')]
     assert configs[0] == configs[1] and configs[0]['num_heads'] == [1, 2, 4, 8]
+    shared = timm.create_model('swin_tiny_rope_mixed', rope_share_heads=True, **args)
+    assert convert(save_torch(shared.state_dict()), 'shared', '--model-args', 'rope_share_heads=True')[0] == 0
+    assert [stage.blocks[0].attn.num_heads for stage in load('shared').layers] == [3, 6, 12, 24]
 
 
 # -- image size and the config

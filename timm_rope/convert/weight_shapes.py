@@ -42,14 +42,12 @@ def read_sizes(weights: Weights) -> Dict[str, Any]:
 
 def _heads_of(tensors: Dict[str, Tensor], attention: str) -> int:
     """Heads of one attention of a Swin as its encoding tells them, 0 if it does not."""
-    name = f'{attention}rope'
-    if f'{name}_freqs' in tensors:  # NAVER's, (2, heads, pairs)
-        return tensors[f'{name}_freqs'].shape[1]
-    if f'{name}.freqs' in tensors:
-        return tensors[f'{name}.freqs'].shape[2]
-    _, options = parse_signature(read_signature(tensors.get(f'{name}.signature')) or '') or ('', {})
+    _, options = parse_signature(read_signature(tensors.get(f'{attention}rope.signature')) or '') or ('', {})
     head_dim = options.get('head_dim', '')
-    return tensors[f'{attention}qkv.weight'].shape[0] // (3 * int(head_dim)) if head_dim.isdigit() else 0
+    if head_dim.isdigit():
+        return tensors[f'{attention}qkv.weight'].shape[0] // (3 * int(head_dim))
+    freqs = tensors.get(f'{attention}rope.freqs')  # older weights; (2, 1, heads, ...)
+    return 0 if freqs is None else freqs.shape[2]
 
 
 def staged(weights: Weights) -> bool:
