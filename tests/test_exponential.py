@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 
-from timm_rope import exponential, grid_exponentials, scaled_series
+from timm_rope import exponential, grid_exponentials
 from timm_rope.exponential import block_table
 
 SIZES = [2, 3, 4, 5, 6, 7, 8, 16]
@@ -87,7 +87,7 @@ def test_every_layer_head_group_and_position_is_in_its_place(size, layers, heads
     out = block_table(freqs, y, x, size)
     assert torch.allclose(out.double(), expected(freqs, y, x, size), atol=3e-7)
     for chunk in (1, 2 * 6 * 2 * size * size):  # one head at a time; two, of which the last chunk may lack one
-        monkeypatch.setattr(scaled_series, 'CHUNK', chunk)
+        monkeypatch.setattr(grid_exponentials, 'CHUNK', chunk)
         assert torch.allclose(block_table(freqs, y, x, size), out, atol=3e-7)
 
 
@@ -126,6 +126,26 @@ def test_repeated_eigenvalues():
     assert (gradient - reference).abs().max() < 2e-6 * reference.abs().max()
 
 
+@pytest.mark.parametrize('size', [5, 16])
+@pytest.mark.parametrize('along_x,along_y', [(0.0, 0.0), (0.0, 1.0), (1e-9, 3.0), (6.0, 6.0)])
+def test_gradients_where_generators_do_little(size, along_x, along_y):
+    # what hardly changes the exponentials over the grid does change their derivatives
+    freqs = generators(size, scale=1.0, dtype=torch.float64)
+    freqs *= torch.tensor([along_x, along_y], dtype=torch.float64).reshape(2, 1, 1, 1, 1)
+    y, x = torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([0.0, 1.3, 2.2, 4.0])
+    gradient, reference = (gradient_of(f, freqs, y.double(), x.double(), size) for f in (block_table, formula))
+    assert (gradient - reference).abs().max() < 1e-12 * reference.abs().max()
+
+
+@pytest.mark.parametrize('rows,columns', [(1, 60), (60, 1), (40, 50), (2, 40)])
+def test_grids_that_are_interpolated(rows, columns):
+    freqs = generators(8, 2, 1, 2)
+    y, x = cells(rows) - 0.7, cells(columns) - 0.2
+    exact, gradient = formula(freqs, y, x, 8), gradient_of(formula, freqs, y, x, 8)
+    assert (block_table(freqs, y, x, 8) - exact).abs().max() < 3e-7
+    assert (gradient_of(block_table, freqs, y, x, 8) - gradient).abs().max() < 2e-6 * gradient.abs().max()
+
+
 def gradient_of(table, freqs, y, x, size):
     freqs = freqs.detach().clone().requires_grad_()
     out = table(freqs, y, x, size)
@@ -146,7 +166,7 @@ def test_float32_gradients(size, bound, autocast):
             with torch.autocast('cpu', torch.bfloat16):
                 return block_table(*args)
 
-    with torch.autocast('cpu', torch.bfloat16, enabled=autocast and size > 4):  # that of the series looks after itself
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast and size > 4):  # that of larger blocks looks after itself
         gradient = gradient_of(table, freqs, y, x, size)
     reference = gradient_of(formula, freqs, y, x, size)
     assert gradient.dtype == torch.float32
@@ -267,32 +287,7 @@ def test_meta_and_fake_tensors_have_shapes():
         assert block_table(mode.from_tensor(freqs), cells(2), cells(3), 8).shape == (2, 3, 6, 256)
 
 
-@pytest.mark.parametrize('size', [5, 8, 33])
-def test_the_norm_is_bounded_from_above_and_closely(size):
-    freqs = generators(size, heads=3, dtype=torch.float64)
-    a = skew(freqs, size).flatten(1, 3)
-    y, x = cells(14) - 1, cells(20)
-    bound = scaled_series.largest_norm(a, y, x)
-    largest = max(np.linalg.norm(u * m + v * n, 2) for u in x.tolist() for v in y.tolist() for m, n in zip(*a.numpy()))
-    assert largest * (1 - 1e-12) <= bound <= largest * (size / 2) ** 0.125 * (1 + 1e-12)
-
-
-@pytest.mark.parametrize('tolerance', [2 ** -24, 2 ** -53])
-@pytest.mark.parametrize('norm', [0.0, 1e-9, 0.005, 0.3, 3.0, 35.0, 260.0])
-def test_the_polynomial_is_within_its_tolerance(norm, tolerance):
-    squarings, degree = scaled_series.plan(norm, tolerance)
-    radius = norm / 2 ** squarings
-    t = np.linspace(0, radius, 1001)
-    c = scaled_series.coefficients(radius, degree)
-    value = sum(ck * (1j * t) ** k for k, ck in enumerate(c))
-    derivative = sum(k * ck * 1j * (1j * t) ** (k - 1) for k, ck in enumerate(c) if k)
-    rounding = 2e-15 * math.exp(radius)
-    assert c[0] == 1 and radius <= 4
-    assert abs(value - np.exp(1j * t)).max() <= tolerance / 2 ** squarings + rounding
-    assert abs(derivative - 1j * np.exp(1j * t)).max() <= 8 * tolerance / 2 ** squarings + 10 * rounding
-
-
-def test_eager_mode_takes_the_series(monkeypatch):
+def test_eager_mode_takes_all_positions_at_once(monkeypatch):
     def refuse(*args):
         raise AssertionError('one position at a time')
 

@@ -25,8 +25,10 @@ ALLOWED = {
     'coordinates': {'precision'},
     'scaling': {'precision'},
     'augmentation': set(),
-    'scaled_series': set(),
-    'grid_exponentials': {'precision', 'scaled_series'},
+    'chebyshev': set(),
+    'dual_matrices': set(),
+    'grid_levels': {'chebyshev'},
+    'grid_exponentials': {'dual_matrices', 'grid_levels', 'precision'},
     'exponential': {'grid_exponentials', 'precision'},
     'sines': {'precision'},
     'rotation': {'exponential', 'precision', 'sines'},
@@ -65,9 +67,9 @@ ALLOWED = {
     '__init__': {'reparametrize', 'plugin', '_version', 'encoding', 'encodings', 'swin', 'vit'},
 }
 FREE_OF_TIMM = [
-    '__init__', '_version', 'augmentation', 'cache', 'checks', 'coordinates', 'encoding', 'encodings', 'exponential',
-    'frequencies', 'grid_exponentials', 'kernels', 'plugin', 'hub', 'hub_cache', 'precision', 'properties', 'recipes',
-    'rotation', 'scaled_series', 'scaling', 'signature', 'sines', 'weight_files']
+    '__init__', '_version', 'augmentation', 'cache', 'chebyshev', 'checks', 'coordinates', 'dual_matrices', 'encoding',
+    'encodings', 'exponential', 'frequencies', 'grid_exponentials', 'grid_levels', 'kernels', 'plugin', 'hub',
+    'hub_cache', 'precision', 'properties', 'recipes', 'rotation', 'scaling', 'signature', 'sines', 'weight_files']
 
 
 def unit_of(path):

@@ -70,22 +70,22 @@ class _GridExponentials(torch.autograd.Function):
     @staticmethod
     def forward(ctx, freqs: Tensor, y: Tensor, x: Tensor, size: int, learning: bool) -> Tensor:
         ctx.save_for_backward(freqs, y, x)
-        ctx.size, ctx.norm = size, grid_exponentials.norm_of(freqs, y, x, size)
+        ctx.size, ctx.norms = size, grid_exponentials.norms(freqs, y, x, size)
         # where it is made anew in every step, squarings in float64 would take most of the time
         squared_in = freqs.dtype if learning or freqs.device.type == 'mps' else torch.float64
-        return grid_exponentials.forward(freqs, y, x, size, ctx.norm, squared_in)
+        return grid_exponentials.forward(freqs, y, x, size, ctx.norms, squared_in)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         freqs, y, x = ctx.saved_tensors
         with without_autocast(freqs):
             batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # torch.autograd.grad(is_grads_batched=True)
-            if batched or transformed():
-                further = torch.is_grad_enabled()
+            further = torch.is_grad_enabled()
+            if further or batched or transformed():
                 with torch.enable_grad():
                     out = _plain_table(freqs, y, x, ctx.size)
                     return (*torch.autograd.grad(out, freqs, grad, create_graph=further), None, None, None, None)
-            return grid_exponentials.backward(grad, freqs, y, x, ctx.size, ctx.norm), None, None, None, None
+            return grid_exponentials.backward(grad, freqs, y, x, ctx.size, ctx.norms), None, None, None, None
 
 
 def skew_exp(triangle: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,28 @@
-"""Matrix exponentials of a whole grid from packed generators, forward and backward, and the operators made of them.
+"""exp(x A_x + y A_y) at all positions of a grid, forward and backward, and the operators made of them.
+
+Made at a few nodes of strongly scaled generators, interpolated and squared, level by level (`grid_levels.py`).
+
+E = F^2 gives dE = F dF + dF F. These maps are their own adjoints up to a transpose, and those of all squarings commute,
+since every F is a function of the same matrix. The backward therefore walks the squarings of a level in the order of
+the forward, on the transposed matrices (the exponentials of -A), and has to keep none of them.
 
 The operators `timm_rope::grid_exponentials` and `timm_rope::grid_exponentials_backward` are what a compiled graph
 holds: how often to square depends on the norm of the generators, which no graph knows.
+
+Shapes: L layers, H heads, G pairs of generators to a head, N positions, b size of the matrices, W = G b b.
 """
+import math
+from typing import List, Optional
+
 import torch
 from torch import Tensor
 
+from .dual_matrices import Buffers, derivative, derivative_of_squared, dual, exponential, multiply, squared
+from .grid_levels import Level, Norms, levels_of, norms_of
 from .precision import without_autocast
-from .scaled_series import Grid, exponentials, exponentials_backward, largest_norm
+
+CHUNK = 2 ** 19  # elements of the matrices that are worked on at a time: stay in the cache of a CPU
+CHUNK_OF_A_GPU = 2 ** 24  # where many small launches would cost more than they save
 
 
 def skew(triangle: Tensor, size: int) -> Tensor:
@@ -22,13 +37,13 @@ def skew(triangle: Tensor, size: int) -> Tensor:
     return entries.index_select(-1, index.flatten()).unflatten(-1, [size, size])
 
 
-def norm_of(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> float:
-    """Upper bound of the spectral norm over the grid; arguments as `forward`."""
+def norms(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Norms:
+    """Upper bounds of the spectral norms over the grid; arguments as `forward`."""
     wide = _wide(freqs)
-    return largest_norm(skew(wide, size).flatten(1, 3), y.to(wide.dtype), x.to(wide.dtype))
+    return norms_of(skew(wide, size).flatten(1, 3), y.to(wide.dtype), x.to(wide.dtype))
 
 
-def forward(freqs: Tensor, y: Tensor, x: Tensor, size: int, norm: float, squared_in: torch.dtype) -> Tensor:
+def forward(freqs: Tensor, y: Tensor, x: Tensor, size: int, norms: Norms, squared_in: torch.dtype) -> Tensor:
     """exp(x A_x + y A_y), a few layers and heads at a time: little memory is needed beside the result.
 
     Args:
@@ -36,37 +51,138 @@ def forward(freqs: Tensor, y: Tensor, x: Tensor, size: int, norm: float, squared
         y: (rows,), coordinates of the rows.
         x: (columns,), coordinates of the columns.
         size: b.
-        norm: What `norm_of` says.
-        squared_in: Dtype of the squarings; the polynomial is in float64 where the device has it.
+        norms: What `norms` says.
+        squared_in: Dtype of the last squarings; all before are in float64 where the device has it.
 
     Returns:
-        (L, H, N, G b b) in the dtype of `freqs`.
+        (L, H, N, W) in the dtype of `freqs`, all NaN where a generator is not finite.
     """
     layers, heads, groups = freqs.shape[1:4]
+    out = freqs.new_empty(layers * heads, len(y) * len(x), groups * size * size)
+    if not math.isfinite(sum(norms)):
+        return out.fill_(math.nan).unflatten(0, [layers, heads])
     wide = _wide(freqs)
-    grid = Grid(y, x, norm, torch.finfo(freqs.dtype).eps / 2, wide.dtype)
-    generators = grid.scale * skew(wide, size).flatten(1, 2)
-    out = freqs.new_empty(layers * heads, len(grid), groups, size, size)
-    for part in grid.chunks(layers * heads, groups * size * size):
-        made = exponentials(generators[:, part].flatten(1, 2), grid, squared_in)
-        out[part] = made.unflatten(0, [-1, groups]).transpose(1, 2)
-    return out.view(layers, heads, len(grid), groups * size * size)
+    y, x = y.to(wide.dtype), x.to(wide.dtype)
+    levels, positions = levels_of(y, x, size, norms, torch.finfo(freqs.dtype).eps)
+    generators = skew(wide, size).flatten(1, 2).flatten(2)
+    origin = ((y == 0).unsqueeze(1) & (x == 0)).flatten().nonzero().flatten()
+    buffers = Buffers(freqs.device)
+    for part in _chunks(out):
+        made = _at_positions(generators[:, part], positions, levels, size, buffers)
+        made.view(-1, out.shape[1], groups, size, size)[:, origin] = torch.eye(size, dtype=made.dtype, device=made.device)
+        made = buffers('narrow', squared_in, *made.shape).copy_(made) if made.dtype != squared_in else made
+        target = out[part].view(-1, size, size)
+        if levels[0].squarings and made.dtype == out.dtype:
+            made = squared(made, levels[0].squarings - 1, buffers)
+            multiply(made, made, target)
+        else:
+            target.copy_(squared(made, levels[0].squarings, buffers))
+    return out.unflatten(0, [layers, heads])
 
 
-def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, norm: float) -> Tensor:
-    """Gradient of `freqs` from that of the exponentials (L, H, N, G b b), in the dtype of `freqs`."""
-    groups = freqs.shape[3]
-    grid = Grid(y, x, norm, torch.finfo(freqs.dtype).eps / 2, freqs.dtype)
-    generators = grid.scale * skew(freqs, size).flatten(1, 2)
-    grad = grad.unflatten(-1, [groups, size, size]).flatten(0, 1)
-    out = torch.empty_like(generators)
-    for part in grid.chunks(grad.shape[0], groups * size * size):
-        of_part = grad[part].transpose(1, 2).flatten(0, 1)
-        made = exponentials_backward(generators[:, part].flatten(1, 2), grid, of_part)
-        out[:, part] = made.unflatten(1, [-1, groups])
-    out *= grid.scale
+def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, norms: Norms) -> Tensor:
+    """Gradient of `freqs` from that of the exponentials (L, H, N, W), in the dtype of `freqs`."""
+    layers, heads, groups = freqs.shape[1:4]
+    if not math.isfinite(sum(norms)):
+        return torch.full_like(freqs, math.nan, memory_format=torch.contiguous_format)
+    wide = _wide(freqs)
+    tolerance = torch.finfo(freqs.dtype).eps
+    levels, positions = levels_of(y.to(wide.dtype), x.to(wide.dtype), size, norms, tolerance, 8 * tolerance)
+    transposed = -skew(wide, size).flatten(1, 2).flatten(2)
+    width = groups * size * size
+    grad = grad.reshape(layers * heads, len(levels[0]), width)
+    out = freqs.new_empty(layers * heads, 2, width)
+    back = positions.mT.to(freqs.dtype)
+    buffers = Buffers(freqs.device)
+    for part in _chunks(grad):
+        kept: List[Tensor] = []
+        start = _at_positions(transposed[:, part], positions, levels, size, buffers, kept, freqs.dtype)
+        g = grad[part].reshape(-1, size, size)
+        for level in levels:
+            if level.squarings:
+                g = derivative_of_squared(dual(start, g, buffers), level.squarings, buffers)
+            start = kept.pop()
+            g = _gathered(g, level, out[part].shape[0], buffers)
+        g = derivative(exponential(dual(start, g, buffers), buffers), buffers)
+        torch.matmul(back, g.reshape(out[part].shape[0], -1, width), out=out[part])
+    matrices = out.unflatten(-1, [groups, size, size]).transpose(0, 1)
     row, column = torch.triu_indices(size, size, 1, device=out.device)
-    return (out - out.mT)[..., row, column].view_as(freqs)
+    return (matrices - matrices.mT)[..., row, column].contiguous().view_as(freqs)
+
+
+def _at_positions(
+        generators: Tensor, positions: Tensor, levels: List[Level], size: int, buffers: Buffers,
+        kept: Optional[List[Tensor]] = None, dtype: Optional[torch.dtype] = None,
+) -> Tensor:
+    """Exponentials of some heads at the positions of the first level, before they are squared there.
+
+    Args:
+        generators: (2, heads, W), x first.
+        positions: (positions of the last level, 2), scaled.
+        levels: The whole grid first.
+        size: b.
+        buffers: One of which is returned.
+        kept: Gets the scaled generators at the positions of the last level, and, from the last level to the second,
+            the exponentials before they are squared.
+        dtype: Of what is kept and returned, by default that of the generators.
+
+    Returns:
+        (heads * N * G, b, b).
+    """
+    heads, width = generators.shape[1:]
+
+    def keep(matrices: Tensor) -> None:
+        if kept is not None:
+            kept.append(buffers(f'kept {len(kept)}', dtype or matrices.dtype, *matrices.shape).copy_(matrices))
+
+    scaled = buffers('scaled', generators.dtype, heads, len(positions), width)
+    m = torch.matmul(positions, generators.transpose(0, 1), out=scaled).view(-1, size, size)
+    keep(m)
+    m = exponential(m, buffers)
+    for below, level in zip(reversed(levels), reversed(levels[:-1])):
+        keep(m)
+        m = squared(m, below.squarings, buffers)
+        if level is levels[0] and dtype is not None:
+            m = buffers('narrow', dtype, *m.shape).copy_(m)
+        m = _interpolated(m, level, heads, buffers)
+    return m if dtype is None or m.dtype == dtype else buffers('narrow', dtype, *m.shape).copy_(m)
+
+
+def _interpolated(m: Tensor, level: Level, heads: int, buffers: Buffers) -> Tensor:
+    """Matrices (heads * n * G, b, b) at the positions of a level from those at the n positions of the next one."""
+    rows = level.rows if level.from_rows is None else level.from_rows.shape[1]
+    columns = level.columns if level.from_columns is None else level.from_columns.shape[1]
+    out = m.view(heads, rows, columns, -1)
+    if level.from_columns is not None:
+        out = _weighted(level.from_columns, out.flatten(0, 1), 'along columns', buffers)
+    if level.from_rows is not None:
+        out = _weighted(level.from_rows, out.view(heads, rows, -1), 'along rows', buffers)
+    return out.view(-1, *m.shape[1:])
+
+
+def _gathered(g: Tensor, level: Level, heads: int, buffers: Buffers) -> Tensor:
+    """Transpose of `_interpolated`, the same where the level is the last one."""
+    out = g.reshape(heads, level.rows, level.columns, -1)
+    rows = level.rows
+    if level.from_rows is not None:
+        out = _weighted(level.from_rows.mT, out.flatten(2), 'along rows', buffers)
+        rows = level.from_rows.shape[1]
+    if level.from_columns is not None:
+        out = _weighted(level.from_columns.mT, out.reshape(heads * rows, level.columns, -1), 'along columns', buffers)
+    return out.view(-1, *g.shape[1:])
+
+
+def _weighted(weights: Tensor, values: Tensor, name: str, buffers: Buffers) -> Tensor:
+    """weights (n, k) @ values (M, k, w)."""
+    out = buffers(name, values.dtype, values.shape[0], weights.shape[0], values.shape[2])
+    return torch.bmm(weights.to(values.dtype).expand(len(values), -1, -1), values, out=out)
+
+
+def _chunks(matrices: Tensor) -> List[slice]:
+    """Slices of heads of (L H, N, W)."""
+    room = CHUNK if matrices.device.type == 'cpu' else CHUNK_OF_A_GPU
+    step = max(1, room // max(1, matrices[0].numel()))
+    return [slice(i, i + step) for i in range(0, len(matrices), step)]
 
 
 def _wide(freqs: Tensor) -> Tensor:
@@ -77,14 +193,14 @@ def _wide(freqs: Tensor) -> Tensor:
 def operator(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     """`forward`, squared in the dtype of `freqs`: a graph makes the matrices anew whenever it runs."""
     with without_autocast(freqs):
-        return forward(freqs, y, x, size, norm_of(freqs, y, x, size), freqs.dtype)
+        return forward(freqs, y, x, size, norms(freqs, y, x, size), freqs.dtype)
 
 
 @torch.library.custom_op('timm_rope::grid_exponentials_backward', mutates_args=())
 def operator_backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     """`backward`."""
     with without_autocast(freqs):
-        return backward(grad, freqs, y, x, size, norm_of(freqs, y, x, size))
+        return backward(grad, freqs, y, x, size, norms(freqs, y, x, size))
 
 
 @operator.register_fake
