@@ -71,6 +71,16 @@ def test_learning_generators_are_squared_in_float32(size, count, bound):
     assert fixed < 3e-7 and learning < bound
 
 
+@pytest.mark.parametrize('rows,columns,far', [(1, 1, 1), (2, 3, 1), (2, 2, 10)])
+def test_few_positions_are_as_exact_as_many(rows, columns, far):
+    # where nothing is interpolated, all squarings are made at the positions, but not all in float32
+    freqs = generators(8, 2, groups=2).requires_grad_()
+    y, x = far * (cells(rows, rows) + 0.2), far * (cells(columns, columns) + 0.1)
+    assert (block_table(freqs, y, x, 8) - expected(freqs, y, x, 8)).abs().max() < 7e-6
+    gradient, reference = (gradient_of(f, freqs, y, x, 8) for f in (block_table, formula))
+    assert (gradient - reference).abs().max() < 5e-6 * reference.abs().max()
+
+
 @pytest.mark.parametrize('size', [*SIZES, 64])
 def test_float64_has_the_accuracy_of_float64(size):
     freqs = generators(size, groups=2, dtype=torch.float64)
@@ -166,7 +176,8 @@ def test_float32_gradients(size, bound, autocast):
             with torch.autocast('cpu', torch.bfloat16):
                 return block_table(*args)
 
-    with torch.autocast('cpu', torch.bfloat16, enabled=autocast and size > 4):  # that of larger blocks looks after itself
+    # that of larger blocks looks after itself
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast and size > 4):
         gradient = gradient_of(table, freqs, y, x, size)
     reference = gradient_of(formula, freqs, y, x, size)
     assert gradient.dtype == torch.float32

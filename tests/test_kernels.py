@@ -364,6 +364,18 @@ def test_every_row_of_the_table_names_a_route():
         assert issubclass(row.rotation, timm_rope.rotation.Rotation)
 
 
+@pytest.mark.parametrize('encoding_name,options,images,learning,route', [
+    ('liere', {}, 1, True, 'formula'), ('liere', {}, 2, True, 'inplace'), ('liere', {}, 3, True, 'inplace'),
+    ('liere', {}, 1, False, 'formula'), ('liere', {}, 2, False, 'formula'), ('liere', {}, 3, False, 'inplace'),
+    ('liere', dict(share_heads=True), 1, True, 'inplace'), ('liere', dict(block=16), 1, True, 'inplace'),
+    ('liere', dict(block=4), 1, False, 'inplace'), ('mixed', {}, 1, False, 'inplace')])
+def test_few_rows_to_a_matrix_take_the_formula(encoding_name, options, images, learning, route, taken):
+    rope = encoding(encoding_name, 16, options)
+    with torch.set_grad_enabled(learning):
+        rotate(projection(16, batch=images) * 1, rope(GRID, PREFIX)[0], rope.rotation, HEADS)
+    assert taken == [route]
+
+
 # -- in models
 
 def test_the_projection_is_seen_as_it_was():

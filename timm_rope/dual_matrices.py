@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 BLOCK = 8  # a product of 16 x 16 matrices takes 1.7 times as long as one of 8 x 8, where three would be needed
-FACTORIALS = [1 / math.factorial(k) for k in range(9)]
 
 
 class Buffers:
@@ -70,8 +69,9 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def squared(m: Tensor, times: int, buffers: Buffers) -> Tensor:
     """m^(2^times)."""
-    for i in range(times):
-        m = multiply(m, m, buffers.like(f'square {i % 2}', m))
+    for _ in range(times):
+        out = buffers.like('square', m)
+        m = multiply(m, m, out if out.data_ptr() != m.data_ptr() else buffers.like('square of it', m))
     return m
 
 
@@ -84,19 +84,29 @@ def derivative_of_squared(m: Tensor, times: int, buffers: Buffers) -> Tensor:
     return torch.bmm(m[:, :size], m[:, :, size:], out=buffers('derivative', m.dtype, len(m), size, size))
 
 
-def exponential(a: Tensor, buffers: Buffers) -> Tensor:
-    """exp by the Taylor polynomial of degree 8 (Paterson-Stockmeyer), for small norms; exp(0) is the identity."""
-    c = FACTORIALS
+def exponential(a: Tensor, degree: int, buffers: Buffers) -> Tensor:
+    """exp by the Taylor polynomial (Paterson-Stockmeyer), for small norms; exp(0) is the identity.
+
+    Args:
+        a: Matrices (M, b, b) or dual matrices.
+        degree: A multiple of 4, at least 8.
+        buffers: One of which is returned.
+    """
     a2 = multiply(a, a, buffers.like('a2', a))
     a3 = multiply(a2, a, buffers.like('a3', a))
     a4 = multiply(a2, a2, buffers.like('a4', a))
-    high = torch.mul(a4, c[8], out=buffers.like('high', a)).add_(a3, alpha=c[7]).add_(a2, alpha=c[6]).add_(a, alpha=c[5])
-    low = a3.mul_(c[3]).add_(a2, alpha=c[2]).add_(a)
-    _add_to_diagonal(high, c[4])
-    _add_to_diagonal(low, 1.0)
-    return low.baddbmm_(a4, high) if a.ndim == 3 else low.add_(multiply(a4, high, a2))
 
+    def four_terms(k: int, name: str) -> Tensor:
+        out = torch.mul(a, 1 / math.factorial(k + 1), out=buffers.like(name, a))
+        out.add_(a2, alpha=1 / math.factorial(k + 2)).add_(a3, alpha=1 / math.factorial(k + 3))
+        matrices = out if out.ndim == 3 else out[0]
+        matrices.flatten(1)[:, ::matrices.shape[-1] + 1] += 1 / math.factorial(k)
+        return out
 
-def _add_to_diagonal(m: Tensor, value: float) -> None:
-    matrices = m if m.ndim == 3 else m[0]
-    matrices.flatten(1)[:, ::matrices.shape[-1] + 1] += value
+    high = four_terms(degree - 4, 'high').add_(a4, alpha=1 / math.factorial(degree))
+    for k in range(degree - 8, -1, -4):
+        low = four_terms(k, 'low')
+        high = low.add_(multiply(a4, high, buffers.like('product', a)))
+        if k:
+            high = buffers.like('high', a).copy_(high)
+    return high

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .dual_matrices import Buffers, derivative, derivative_of_squared, dual, exponential, multiply, squared
-from .grid_levels import Level, Norms, levels_of, norms_of
+from .grid_levels import Grid, Level, Norms, grid_of, norms_of
 from .precision import without_autocast
 
 CHUNK = 2 ** 19  # elements of the matrices that are worked on at a time: stay in the cache of a CPU
@@ -63,20 +63,22 @@ def forward(freqs: Tensor, y: Tensor, x: Tensor, size: int, norms: Norms, square
         return out.fill_(math.nan).unflatten(0, [layers, heads])
     wide = _wide(freqs)
     y, x = y.to(wide.dtype), x.to(wide.dtype)
-    levels, positions = levels_of(y, x, size, norms, torch.finfo(freqs.dtype).eps)
+    grid = grid_of(y, x, size, norms, torch.finfo(freqs.dtype).eps)
+    squarings = grid.levels[0].squarings
     generators = skew(wide, size).flatten(1, 2).flatten(2)
+    eye = torch.eye(size, dtype=wide.dtype, device=wide.device)
     origin = ((y == 0).unsqueeze(1) & (x == 0)).flatten().nonzero().flatten()
     buffers = Buffers(freqs.device)
     for part in _chunks(out):
-        made = _at_positions(generators[:, part], positions, levels, size, buffers)
-        made.view(-1, out.shape[1], groups, size, size)[:, origin] = torch.eye(size, dtype=made.dtype, device=made.device)
+        made = _at_positions(generators[:, part], grid, size, buffers)
+        made.view(-1, out.shape[1], groups, size, size)[:, origin] = eye
         made = buffers('narrow', squared_in, *made.shape).copy_(made) if made.dtype != squared_in else made
         target = out[part].view(-1, size, size)
-        if levels[0].squarings and made.dtype == out.dtype:
-            made = squared(made, levels[0].squarings - 1, buffers)
+        if squarings and made.dtype == out.dtype:
+            made = squared(made, squarings - 1, buffers)
             multiply(made, made, target)
         else:
-            target.copy_(squared(made, levels[0].squarings, buffers))
+            target.copy_(squared(made, squarings, buffers))
     return out.unflatten(0, [layers, heads])
 
 
@@ -87,23 +89,23 @@ def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, norms
         return torch.full_like(freqs, math.nan, memory_format=torch.contiguous_format)
     wide = _wide(freqs)
     tolerance = torch.finfo(freqs.dtype).eps
-    levels, positions = levels_of(y.to(wide.dtype), x.to(wide.dtype), size, norms, tolerance, 8 * tolerance)
+    grid = grid_of(y.to(wide.dtype), x.to(wide.dtype), size, norms, tolerance, 8 * tolerance)
     transposed = -skew(wide, size).flatten(1, 2).flatten(2)
     width = groups * size * size
-    grad = grad.reshape(layers * heads, len(levels[0]), width)
+    grad = grad.reshape(layers * heads, len(grid.levels[0]), width)
     out = freqs.new_empty(layers * heads, 2, width)
-    back = positions.mT.to(freqs.dtype)
+    back = grid.positions.mT.to(freqs.dtype)
     buffers = Buffers(freqs.device)
     for part in _chunks(grad):
         kept: List[Tensor] = []
-        start = _at_positions(transposed[:, part], positions, levels, size, buffers, kept, freqs.dtype)
+        start = _at_positions(transposed[:, part], grid, size, buffers, kept, freqs.dtype)
         g = grad[part].reshape(-1, size, size)
-        for level in levels:
+        for level in grid.levels:
             if level.squarings:
                 g = derivative_of_squared(dual(start, g, buffers), level.squarings, buffers)
             start = kept.pop()
             g = _gathered(g, level, out[part].shape[0], buffers)
-        g = derivative(exponential(dual(start, g, buffers), buffers), buffers)
+        g = derivative(exponential(dual(start, g, buffers), grid.degree, buffers), buffers)
         torch.matmul(back, g.reshape(out[part].shape[0], -1, width), out=out[part])
     matrices = out.unflatten(-1, [groups, size, size]).transpose(0, 1)
     row, column = torch.triu_indices(size, size, 1, device=out.device)
@@ -111,15 +113,14 @@ def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, norms
 
 
 def _at_positions(
-        generators: Tensor, positions: Tensor, levels: List[Level], size: int, buffers: Buffers,
+        generators: Tensor, grid: Grid, size: int, buffers: Buffers,
         kept: Optional[List[Tensor]] = None, dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
     """Exponentials of some heads at the positions of the first level, before they are squared there.
 
     Args:
         generators: (2, heads, W), x first.
-        positions: (positions of the last level, 2), scaled.
-        levels: The whole grid first.
+        grid: How to make them.
         size: b.
         buffers: One of which is returned.
         kept: Gets the scaled generators at the positions of the last level, and, from the last level to the second,
@@ -135,14 +136,14 @@ def _at_positions(
         if kept is not None:
             kept.append(buffers(f'kept {len(kept)}', dtype or matrices.dtype, *matrices.shape).copy_(matrices))
 
-    scaled = buffers('scaled', generators.dtype, heads, len(positions), width)
-    m = torch.matmul(positions, generators.transpose(0, 1), out=scaled).view(-1, size, size)
+    scaled = buffers('scaled', generators.dtype, heads, len(grid.positions), width)
+    m = torch.matmul(grid.positions, generators.transpose(0, 1), out=scaled).view(-1, size, size)
     keep(m)
-    m = exponential(m, buffers)
-    for below, level in zip(reversed(levels), reversed(levels[:-1])):
+    m = exponential(m, grid.degree, buffers)
+    for below, level in zip(reversed(grid.levels), reversed(grid.levels[:-1])):
         keep(m)
         m = squared(m, below.squarings, buffers)
-        if level is levels[0] and dtype is not None:
+        if level is grid.levels[0] and dtype is not None:
             m = buffers('narrow', dtype, *m.shape).copy_(m)
         m = _interpolated(m, level, heads, buffers)
     return m if dtype is None or m.dtype == dtype else buffers('narrow', dtype, *m.shape).copy_(m)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import chebyshev
 
-TERMS = 8  # degree of the Taylor polynomial at the coarsest level
+MOST = 4  # squarings of one level: more, in float32, would lose more than four bits
 FINEST = 2.0 ** -56  # a tolerance that float64 cannot resolve asks for no more nodes
 
 # Nanoseconds, forward and backward, on two cores of a Xeon with AVX-512
@@ -56,6 +56,20 @@ class Level(NamedTuple):
         return self.rows * self.columns
 
 
+class Grid(NamedTuple):
+    """How to make the exponentials of a grid.
+
+    Attributes:
+        levels: The whole grid first.
+        positions: (N, 2), where to make the exponentials of the last level, x first and row-major, times 2^-s for all
+            squarings s.
+        degree: Of the Taylor polynomial that makes them.
+    """
+    levels: List[Level]
+    positions: Tensor
+    degree: int
+
+
 def norms_of(a: Tensor, y: Tensor, x: Tensor) -> Norms:
     """Norms of generators over a grid, each at most (b / 2)^(1/8) too large.
 
@@ -78,6 +92,11 @@ def norms_of(a: Tensor, y: Tensor, x: Tensor) -> Norms:
     return Norms(max(corners), rows, columns)
 
 
+def degree_for(tolerance: float) -> int:
+    """Degree of the Taylor polynomial: what float64 is to resolve, too many squarings of it would lose."""
+    return 8 if tolerance > 1e-12 else 16
+
+
 def plan(
         rows: int, columns: int, size: int, norms: Norms, tolerance: float, of_derivative: float,
 ) -> List[Tuple[int, int, int]]:
@@ -92,27 +111,28 @@ def plan(
         of_derivative: The same for how the exponentials change with the generators, per unit of change at the corners;
             infinite where nobody asks for that.
     """
+    degree = degree_for(tolerance)
     squaring = SQUARING[0] + SQUARING[1] * size ** 3
     setup = LEVEL[1] * rows * columns
 
     @functools.cache
     def cheapest(scale: int, rows: int, columns: int) -> Tuple[float, Tuple[Tuple[int, int, int], ...]]:
         found: Tuple[float, Tuple[Tuple[int, int, int], ...]] = (math.inf, ())
-        for squarings in range(1100):  # more than there are powers of 2
+        for squarings in range(MOST + 1):
             shrunk = 0.5 ** (scale + squarings)
             allowed = max(tolerance * shrunk, FINEST)  # every squaring doubles an error, not that of a derivative
             cost = setup + rows * columns * (LEVEL[0] + squarings * squaring)
             fewer_rows = chebyshev.nodes_needed(norms.rows * shrunk, allowed, of_derivative, rows)
             fewer_columns = chebyshev.nodes_needed(norms.columns * shrunk, allowed, of_derivative, columns)
-            if fewer_rows * fewer_columns < rows * columns:
+            if squarings == MOST or fewer_rows * fewer_columns < rows * columns:
                 products = fewer_rows * columns * fewer_columns * (fewer_columns < columns)
                 products += rows * columns * fewer_rows * (fewer_rows < rows)
                 below, levels = cheapest(scale + squarings, fewer_rows, fewer_columns)
                 through = cost + products * size ** 2 * INTERPOLATION + below
                 found = min(found, (through, ((squarings, rows, columns), *levels)))
             norm = min(1.0, norms.whole * shrunk)  # beyond, the polynomial is of no use, and powers overflow
-            change = norm ** TERMS / math.factorial(TERMS)
-            if change * norm / (TERMS + 1) <= allowed and change <= of_derivative:
+            change = norm ** degree / math.factorial(degree)
+            if change * norm / (degree + 1) <= allowed and change <= of_derivative:
                 made = cost + POLYNOMIAL * rows * columns * squaring
                 found = min(found, (made, ((squarings, rows, columns),)))
                 break
@@ -121,10 +141,10 @@ def plan(
     return list(cheapest(0, rows, columns)[1])
 
 
-def levels_of(
+def grid_of(
         y: Tensor, x: Tensor, size: int, norms: Norms, tolerance: float, of_derivative: float = math.inf,
-) -> Tuple[List[Level], Tensor]:
-    """Levels of a grid, the whole grid first, and where to make the exponentials of the last one.
+) -> Grid:
+    """How to make the exponentials of a grid.
 
     Args:
         y: (rows,), coordinates of the rows.
@@ -133,9 +153,6 @@ def levels_of(
         norms: As `norms_of` says, finite.
         tolerance: As for `plan`.
         of_derivative: As for `plan`.
-
-    Returns:
-        The levels, and (N, 2) positions of the last level, x first and row-major, times 2^-s for all squarings s.
     """
     steps = plan(len(y), len(x), size, norms, tolerance, of_derivative)
     levels = []
@@ -147,4 +164,4 @@ def levels_of(
             from_columns, x = chebyshev.weights(x, fewer_columns), chebyshev.nodes(x, fewer_columns)
         levels.append(Level(squarings, rows, columns, from_rows, from_columns))
     positions = torch.stack((x.expand(len(y), -1), y.unsqueeze(1).expand(-1, len(x))), dim=-1).flatten(0, 1)
-    return levels, positions * 0.5 ** sum(level.squarings for level in levels)
+    return Grid(levels, positions * 0.5 ** sum(level.squarings for level in levels), degree_for(tolerance))

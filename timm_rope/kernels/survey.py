@@ -6,7 +6,7 @@ import torch
 from ..rotation import BlockRotation, PairRotation, TripletRotation
 from . import find_route, rotate, unpack
 
-HEAD_DIM, HEADS, TOKENS = 64, 2, 5
+IMAGES, HEAD_DIM, HEADS, TOKENS = 4, 64, 2, 5
 ROTATIONS = {
     'pairs': PairRotation(HEAD_DIM, HEAD_DIM // 2),
     'triplets': TripletRotation(HEAD_DIM, HEAD_DIM // 3),
@@ -31,7 +31,7 @@ def survey(device: str) -> Dict[str, str]:
     generator = torch.Generator().manual_seed(0)
     for name, rotation in ROTATIONS.items():
         for dtype in (torch.float32, torch.bfloat16):
-            qkv = torch.randn(1, TOKENS, 3 * HEADS * HEAD_DIM, generator=generator).to(device, dtype)
+            qkv = torch.randn(IMAGES, TOKENS, 3 * HEADS * HEAD_DIM, generator=generator).to(device, dtype)
             freqs = torch.rand(2, 1, HEADS, rotation.groups, *([28] if rotation.size == 8 else []), generator=generator)
             axes = torch.zeros(1), torch.arange(float(TOKENS))
             payload = rotation.table(freqs, *axes)[0].to(device)
