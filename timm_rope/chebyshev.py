@@ -1,7 +1,7 @@
 """Interpolation at Chebyshev nodes along one axis of a grid.
 
 exp(A + z B) with skew-symmetric A and B is smooth in z: its n-th derivative is at most |B|^n, as every factor of it is
-a rotation. The polynomial through n Chebyshev nodes of -1 <= z <= 1 is therefore off by 2 (|B| / 2)^n / n! or less. When
+a rotation. The polynomial through n Chebyshev nodes of -1 <= z <= 1 is then off by 2 (|B| / 2)^n / n! at most. If
 B changes by a matrix of norm 1, the change of the exponential is off by the derivative of that with respect to |B|,
 (|B| / 2)^(n - 1) / (n - 1)!.
 """
