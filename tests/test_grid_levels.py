@@ -90,7 +90,7 @@ def test_levels_lead_to_the_whole_grid():
     y, x = torch.linspace(0, 1, 30, dtype=torch.float64) ** 2, torch.linspace(-1, 2, 40, dtype=torch.float64)
     norms = grid_levels.Norms(30.0, 10.0, 10.0)
     levels, positions, _ = grid_levels.grid_of(y, x, 8, norms, 2 ** -24, 2 ** -21)
-    assert len(levels) > 1 and positions.shape == (len(levels[-1]), 2)
+    assert len(levels) > 1 and positions.shape == (levels[-1].positions, 2)
     for level, below in itertools.pairwise(levels):
         for weights, count, fewer in ((level.from_rows, level.rows, below.rows),
                                       (level.from_columns, level.columns, below.columns)):

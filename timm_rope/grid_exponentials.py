@@ -92,7 +92,7 @@ def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, norms
     grid = grid_of(y.to(wide.dtype), x.to(wide.dtype), size, norms, tolerance, 8 * tolerance)
     transposed = -skew(wide, size).flatten(1, 2).flatten(2)
     width = groups * size * size
-    grad = grad.reshape(layers * heads, len(grid.levels[0]), width)
+    grad = grad.reshape(layers * heads, grid.levels[0].positions, width)
     out = freqs.new_empty(layers * heads, 2, width)
     back = grid.positions.mT.to(freqs.dtype)
     buffers = Buffers(freqs.device)

@@ -52,7 +52,8 @@ class Level(NamedTuple):
     from_rows: Optional[Tensor] = None
     from_columns: Optional[Tensor] = None
 
-    def __len__(self) -> int:
+    @property
+    def positions(self) -> int:
         return self.rows * self.columns
 
 
