@@ -59,16 +59,15 @@ def test_float32_is_as_close_as_float32_can_be(size, count):
     assert (out - expected(freqs, y, x, size)).abs().max() < 3e-7
 
 
-@pytest.mark.parametrize('size,count,bound', [
-    (5, 14, 7e-6), (8, 14, 7e-6), (16, 14, 2e-5), (64, 14, 2e-4), (8, 32, 3e-5)])
-def test_learning_generators_are_squared_in_float32(size, count, bound):
+@pytest.mark.parametrize('size,count', [(5, 14), (8, 14), (16, 14), (64, 14), (8, 32)])
+def test_learning_generators_are_squared_in_float32(size, count):
     freqs = generators(size, groups=1 if size > 8 else 3).requires_grad_()
     y, x = cells(count)[-3:], cells(count)
     exact = expected(freqs, y, x, size)
     learning = (block_table(freqs, y, x, size) - exact).abs().max()
     with torch.no_grad():
         fixed = (block_table(freqs, y, x, size) - exact).abs().max()
-    assert fixed < 3e-7 and learning < bound
+    assert fixed < 3e-7 and learning < 2e-6
 
 
 @pytest.mark.parametrize('rows,columns,far', [(1, 1, 1), (2, 3, 1), (2, 2, 10)])
@@ -76,7 +75,7 @@ def test_few_positions_are_as_exact_as_many(rows, columns, far):
     # where nothing is interpolated, all squarings are made at the positions, but not all in float32
     freqs = generators(8, 2, groups=2).requires_grad_()
     y, x = far * (cells(rows, rows) + 0.2), far * (cells(columns, columns) + 0.1)
-    assert (block_table(freqs, y, x, 8) - expected(freqs, y, x, 8)).abs().max() < 7e-6
+    assert (block_table(freqs, y, x, 8) - expected(freqs, y, x, 8)).abs().max() < 2e-6
     gradient, reference = (gradient_of(f, freqs, y, x, 8) for f in (block_table, formula))
     assert (gradient - reference).abs().max() < 5e-6 * reference.abs().max()
 
@@ -86,7 +85,8 @@ def test_float64_has_the_accuracy_of_float64(size):
     freqs = generators(size, groups=2, dtype=torch.float64)
     y, x = cells(9)[-2:], cells(4)
     norm = 9 / 14 * 2 * math.pi * size
-    assert (block_table(freqs, y, x, size) - expected(freqs, y, x, size)).abs().max() < 1e-14 * norm
+    bound = 4e-16 * norm if size > 4 else 1e-14 * norm  # the closed forms lose more in their sines
+    assert (block_table(freqs, y, x, size) - expected(freqs, y, x, size)).abs().max() < bound
 
 
 @pytest.mark.parametrize('size', [5, 8])
@@ -109,6 +109,8 @@ def test_the_identity_is_exact(size, dtype):
     assert torch.equal(block_table(generators(size, dtype=dtype), origin, origin, size)[0, 0, 0], eye)
     grid = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
     assert torch.equal(block_table(generators(size, dtype=dtype), grid, grid, size)[0, 0, 4], eye)
+    many = torch.arange(-10, 21, dtype=torch.float64) / 10  # interpolated
+    assert torch.equal(block_table(generators(size, dtype=dtype), many, many, size)[0, 0, 10 * 31 + 10], eye)
     zero = torch.zeros_like(generators(size, dtype=dtype))
     assert torch.equal(block_table(zero, grid, grid, size), eye.expand(1, 1, 9, -1))
 
@@ -289,6 +291,7 @@ def test_diverged_generators_give_nan_and_no_endless_loop(bad):
     freqs[0, 0, 1, 0, 3] = bad
     out = block_table(freqs, cells(2), cells(2), 8)
     assert out.shape == (1, 2, 4, 64) and out[0, 1].isnan().any()
+    assert gradient_of(block_table, freqs, cells(2), cells(2), 8)[0, 0, 1, 0].isnan().all()
 
 
 def test_meta_and_fake_tensors_have_shapes():
