@@ -20,8 +20,8 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 
     Computed outside autocast and, where the device has it, in float64: float32 results are within 3e-7 of the exact
     ones, whatever the block and the size of the grid. While float32 generators of blocks above 4 learn, and in compiled
-    graphs, the last squarings, four at most, are in float32: within 2e-6. The gradient of float32 generators is computed
-    in float32, to about 2e-6 of its largest entry at block 8 and 1e-5 at block 64.
+    graphs, the last squarings, four at most, are in float32: within 2e-6. The gradient of float32 generators is
+    computed in float32, to about 2e-6 of its largest entry at block 8 and 1e-5 at block 64.
 
     Args:
         freqs: (2, L, H, G, b (b - 1) / 2), strict upper triangles of A_x and A_y row by row, radians per coordinate.
