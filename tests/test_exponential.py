@@ -92,13 +92,21 @@ def test_float64_has_the_accuracy_of_float64(size):
 @pytest.mark.parametrize('size', [5, 8])
 @pytest.mark.parametrize('layers,heads', [(1, 1), (3, 1), (1, 2), (3, 2)])
 def test_every_layer_head_group_and_position_is_in_its_place(size, layers, heads, monkeypatch):
-    freqs = generators(size, layers, heads, 2)
+    freqs = generators(size, layers, heads, 2).requires_grad_()
     y, x = cells(2), cells(3, 7) - 0.3
     out = block_table(freqs, y, x, size)
-    assert torch.allclose(out.double(), expected(freqs, y, x, size), atol=3e-7)
-    for chunk in (1, 2 * 6 * 2 * size * size):  # one head at a time; two, of which the last chunk may lack one
-        monkeypatch.setattr(grid_exponentials, 'CHUNK', chunk)
-        assert torch.allclose(block_table(freqs, y, x, size), out, atol=3e-7)
+    exact = expected(freqs, y, x, size)
+    grad = torch.randn_like(out)
+    derivative, = torch.autograd.grad(exponential._plain_table(freqs, y, x, size), freqs, grad)
+    assert torch.allclose(out.double(), exact, atol=2e-6)
+    one = size * size * 2
+    for positions in (1, 2 * 6 * one):  # one head at a time; two, of which the last chunk may lack one
+        for coefficients in (1, 4 * 45 * one):  # one head at a time; some
+            monkeypatch.setattr(grid_exponentials, 'POSITIONS', positions)
+            monkeypatch.setattr(grid_exponentials, 'COEFFICIENTS', coefficients)
+            out = block_table(freqs, y, x, size)
+            assert torch.allclose(out.double(), exact, atol=2e-6)
+            assert torch.allclose(torch.autograd.grad(out, freqs, grad)[0], derivative, atol=2e-6 * derivative.max())
 
 
 @pytest.mark.parametrize('size', [3, 4, 5, 8, 64])

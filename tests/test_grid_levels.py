@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from timm_rope import chebyshev, dual_matrices, grid_levels
-from timm_rope.dual_matrices import (
-    Buffers,
-    derivative,
-    derivative_of_squared,
-    dual,
-    exponential,
-    multiply,
-    squared,
-)
+from timm_rope import chebyshev, dual_matrices, grid_levels, power_series
+from timm_rope.dual_matrices import Buffers, derivative_of_squared, dual, multiply, squared
 from timm_rope.grid_exponentials import skew
 
 
@@ -80,8 +72,8 @@ def test_plans(rows, columns, norm, tolerance):
     assert all(a[1] >= b[1] and a[2] >= b[2] and (a[1:] != b[1:] or a[0] == 4) for a, b in itertools.pairwise(steps))
     assert max(squarings for squarings, *_ in steps) <= 4
     scale = sum(squarings for squarings, *_ in steps)
-    degree = grid_levels.degree_for(tolerance)
-    assert (norm / 2 ** scale) ** (degree + 1) / math.factorial(degree + 1) <= max(tolerance / 2 ** scale, 2 ** -56)
+    assert norm / 2 ** scale <= 1, 'a polynomial would need many terms'
+    assert scale <= max(math.log2(norm or 1), 0) + 12, 'squarings that nobody needs'
     if rows * columns > 1000:
         assert len(steps) > 1, 'each of so many positions by itself takes far longer'
 
@@ -89,46 +81,111 @@ def test_plans(rows, columns, norm, tolerance):
 def test_levels_lead_to_the_whole_grid():
     y, x = torch.linspace(0, 1, 30, dtype=torch.float64) ** 2, torch.linspace(-1, 2, 40, dtype=torch.float64)
     norms = grid_levels.Norms(30.0, 10.0, 10.0)
-    levels, positions, _ = grid_levels.grid_of(y, x, 8, norms, 2 ** -24, 2 ** -21)
-    assert len(levels) > 1 and positions.shape == (levels[-1].positions, 2)
+    tolerance, of_derivative = 2 ** -24, 2 ** -21
+    levels, scale, at_x, at_y, degree = grid_levels.grid_of(y, x, 8, norms, tolerance, of_derivative)
+    assert len(levels) > 1 and at_x.shape == at_y.shape == (levels[-1].positions,)
+    shrunk = 0.5 ** sum(level.squarings for level in levels)
+    assert max(at_x.abs().max(), at_y.abs().max()) == 1, 'powers of the coordinates must not overflow'
+    assert degree == power_series.degree_needed(norms.whole * shrunk, tolerance * shrunk, of_derivative)
     for level, below in itertools.pairwise(levels):
         for weights, count, fewer in ((level.from_rows, level.rows, below.rows),
                                       (level.from_columns, level.columns, below.columns)):
             assert weights.shape == (count, fewer) if fewer < count else weights is None
     # what is linear in x and y is interpolated exactly
-    scaled = positions * 2 ** sum(level.squarings for level in levels)
+    scaled = torch.stack((at_x, at_y), dim=-1) * scale / shrunk
     for level in reversed(levels[:-1]):
         along_x = scaled.unflatten(0, [-1, level.from_columns.shape[1]])
         scaled = torch.einsum('rk,cl,klp->rcp', level.from_rows, level.from_columns, along_x).flatten(0, 1)
     assert torch.allclose(scaled, torch.stack((x.expand(30, -1), y.unsqueeze(1).expand(-1, 40)), -1).flatten(0, 1))
 
 
-@pytest.mark.parametrize('size', [3, dual_matrices.BLOCK, dual_matrices.BLOCK + 1])
-def test_duals_multiply_and_differentiate(size):
+def test_a_grid_at_the_origin_turns_nothing():
+    zero = torch.zeros(1, dtype=torch.float64)
+    grid = grid_levels.grid_of(zero, zero, 8, grid_levels.Norms(0.0, 0.0, 0.0), 2 ** -24, 2 ** -21)
+    assert torch.equal(grid.x, zero) and torch.equal(grid.y, zero) and math.isfinite(grid.scale)
+
+
+def parts_of(m, size):
+    """F and G of F + e G."""
+    return (m[0], m[1]) if m.ndim == 4 else (m[:, :size, :size], m[:, :size, size:])
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('size', [3, 4, dual_matrices.BLOCK, dual_matrices.BLOCK + 1])
+def test_duals_multiply_and_differentiate(size, dtype):
     buffers = Buffers(torch.device('cpu'))
     torch.manual_seed(0)
-    f, g, p, q = torch.randn(4, 7, size, size, dtype=torch.float64)
+    f, g, p, q = (torch.randn(4, 7, size, size, dtype=torch.float64) / size ** 0.5).to(dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     a = dual(f, g, buffers).clone()
+    assert all(map(torch.equal, parts_of(a, size), (f, g)))
     product = multiply(a, dual(p, q, buffers), torch.empty_like(a))
-    assert torch.allclose(derivative(product, buffers), f @ q + g @ p)
-    assert torch.allclose(derivative(squared(dual(f, g, buffers), 2, buffers), buffers),
-                          f @ f @ (f @ g + g @ f) + (f @ g + g @ f) @ f @ f)
+    assert torch.allclose(parts_of(product, size)[0], f @ p, atol=tolerance)
+    assert torch.allclose(parts_of(product, size)[1], f @ q + g @ p, atol=tolerance)
+    shifted = torch.empty(g.numel() + 1, dtype=dtype)[1:].view_as(g).copy_(g)  # not where a float64 could lie
+    assert torch.equal(dual(f, shifted, buffers), a)
     for times in (1, 2, 3):
-        expected = derivative(squared(dual(f, g, buffers), times, buffers), buffers).clone()
-        assert torch.allclose(derivative_of_squared(dual(f, g, buffers), times, buffers), expected)
-    small = 0.05 * (f - f.mT)
-    value, change = torch.func.jvp(torch.linalg.matrix_exp, (small,), (g,))
-    for degree, error in ((8, 2e-5), (16, 1e-12)):
-        assert torch.allclose(exponential(small, degree, buffers), value, rtol=0, atol=error)
-        tangent = derivative(exponential(dual(small, g, buffers), degree, buffers), buffers)
-        assert torch.allclose(tangent, change, rtol=0, atol=100 * error)
-        nothing = exponential(torch.zeros_like(f), degree, buffers)
-        assert torch.equal(nothing, torch.eye(size, dtype=f.dtype).expand_as(f))
+        power = torch.func.jvp(lambda m, n=2 ** times: torch.linalg.matrix_power(m, n), (f,), (g,))
+        m = squared(dual(f, g, buffers), times, buffers)
+        for got, expected in zip(parts_of(m, size), power):
+            assert torch.allclose(got, expected, atol=tolerance)
+        got = derivative_of_squared(dual(f, g, buffers), times, buffers)
+        assert got.is_contiguous() and torch.allclose(got, power[1], atol=tolerance)
 
 
 def test_a_bad_derivative_spoils_nothing_after_it():
     buffers = Buffers(torch.device('cpu'))
     f, g = torch.eye(8).expand(5, 8, 8), torch.full((5, 8, 8), math.nan)
-    assert derivative(squared(dual(f, g, buffers), 2, buffers), buffers).isnan().all()
+    assert derivative_of_squared(dual(f, g, buffers), 2, buffers).isnan().all()
     ones = torch.ones_like(g)
-    assert torch.equal(derivative(squared(dual(f, ones, buffers), 2, buffers), buffers), 4 * ones)
+    assert torch.equal(derivative_of_squared(dual(f, ones, buffers), 2, buffers), 4 * ones)
+
+
+# -- polynomials
+
+@pytest.mark.parametrize('tolerance', [1e-3, 2 ** -24, 2 ** -53])
+@pytest.mark.parametrize('norm', [0.0, 1e-9, 0.1, 1.0])
+def test_degree_is_as_low_as_the_bounds_allow(norm, tolerance):
+    degree = power_series.degree_needed(norm, tolerance, 8 * tolerance)
+
+    def within(d):
+        return norm ** (d + 1) / math.factorial(d + 1) <= tolerance and norm ** d / math.factorial(d) <= 8 * tolerance
+
+    assert degree >= 1 and within(degree) and (degree == 1 or not within(degree - 1))
+    assert power_series.degree_needed(norm, tolerance, math.inf) <= degree
+
+
+@pytest.mark.parametrize('size', [5, 8])
+@pytest.mark.parametrize('degree', [1, 2, 5, 15])
+def test_polynomials_are_exponentials_and_have_their_gradient(size, degree):
+    torch.manual_seed(degree)
+    a = skew(0.3 * torch.randn(2, 3, size * (size - 1) // 2, dtype=torch.float64), size)
+    x, y = torch.rand(2, 6, dtype=torch.float64) - 0.5
+    grad = torch.randn(3, 6, size, size, dtype=torch.float64)
+    monomials = power_series.monomials(x, y, degree)
+    assert monomials.shape == (6, power_series.count(degree))
+    leaf = a.clone().requires_grad_()
+    exact = torch.linalg.matrix_exp(leaf[0].unsqueeze(1) * x.view(6, 1, 1) + leaf[1].unsqueeze(1) * y.view(6, 1, 1))
+    expected, = torch.autograd.grad(exact, leaf, grad)
+    buffers = Buffers(a.device)
+    terms = [term.clone() for term in power_series.terms(a, degree, buffers)]  # the memory is used again
+    assert [term.shape for term in terms] == [(3, k + 1, size, size) for k in range(degree + 1)]
+    values = torch.einsum('nc,mcij->mnij', monomials, torch.cat(terms, 1))
+    norm = max(np.linalg.norm(u * m + v * n, 2) for u, v in zip(x.tolist(), y.tolist()) for m, n in zip(*a.numpy()))
+    change = norm ** degree / math.factorial(degree)
+    assert (values - exact).abs().max() <= change * norm / (degree + 1) + 1e-14
+    grads = torch.einsum('nc,mnij->mcij', monomials, grad).split([k + 1 for k in range(degree + 1)], dim=1)
+    got = power_series.gradient(grads, terms, a, buffers)
+    assert got.shape == a.shape
+    bound = change * grad.square().sum((2, 3)).sqrt().sum(1)
+    assert ((got - expected).square().sum((2, 3)) <= bound ** 2 + 1e-26).all()
+
+
+def test_terms_are_exact():
+    a = torch.tensor([[[[1., 2.], [0., 1.]]], [[[0., 1.], [1., 0.]]]])
+    x, y = a[:, 0]
+    one, first, second, third = (term[0] for term in power_series.terms(a, 3, Buffers(a.device)))
+    assert torch.equal(one[0], torch.eye(2)) and torch.equal(first, a[:, 0])
+    assert torch.equal(second, torch.stack([x @ x, x @ y + y @ x, y @ y]) / 2)
+    mixed = x @ x @ y + x @ y @ x + y @ x @ x, x @ y @ y + y @ x @ y + y @ y @ x
+    assert torch.allclose(third, torch.stack([x @ x @ x, *mixed, y @ y @ y]) / 6)

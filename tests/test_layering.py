@@ -26,15 +26,17 @@ ALLOWED = {
     'scaling': {'precision'},
     'augmentation': set(),
     'chebyshev': set(),
-    'dual_matrices': set(),
-    'grid_levels': {'chebyshev'},
-    'grid_exponentials': {'dual_matrices', 'grid_levels', 'precision'},
+    'doubles': set(),
+    'dual_matrices': {'doubles'},
+    'power_series': {'dual_matrices'},
+    'grid_levels': {'chebyshev', 'power_series'},
+    'grid_exponentials': {'dual_matrices', 'grid_levels', 'power_series', 'precision'},
     'exponential': {'grid_exponentials', 'precision'},
     'sines': {'precision'},
     'rotation': {'exponential', 'precision', 'sines'},
     'encoding': {'augmentation', 'cache', 'checks', 'coordinates', 'rotation', 'scaling', 'signature'},
     'encodings': {'encoding', 'frequencies', 'rotation', 'scaling', 'checks'},
-    'kernels': {'precision', 'rotation'},
+    'kernels': {'doubles', 'precision', 'rotation'},
     'attention': {'kernels', 'rotation'},
     'patch_embed': {'checks'},
     'checkpointed': {'mismatches'},
@@ -67,9 +69,10 @@ ALLOWED = {
     '__init__': {'reparametrize', 'plugin', '_version', 'encoding', 'encodings', 'swin', 'vit'},
 }
 FREE_OF_TIMM = [
-    '__init__', '_version', 'augmentation', 'cache', 'chebyshev', 'checks', 'coordinates', 'dual_matrices', 'encoding',
-    'encodings', 'exponential', 'frequencies', 'grid_exponentials', 'grid_levels', 'kernels', 'plugin', 'hub',
-    'hub_cache', 'precision', 'properties', 'recipes', 'rotation', 'scaling', 'signature', 'sines', 'weight_files']
+    '__init__', '_version', 'augmentation', 'cache', 'chebyshev', 'checks', 'coordinates', 'doubles', 'dual_matrices',
+    'encoding', 'encodings', 'exponential', 'frequencies', 'grid_exponentials', 'grid_levels', 'kernels', 'plugin',
+    'hub', 'hub_cache', 'power_series', 'precision', 'properties', 'recipes', 'rotation', 'scaling', 'signature',
+    'sines', 'weight_files']
 
 
 def unit_of(path):

@@ -10,6 +10,8 @@ from typing import Dict, Tuple
 import torch
 from torch import Tensor
 
+from .doubles import in_doubles
+
 BLOCK = 8  # a product of 16 x 16 matrices takes 1.7 times as long as one of 8 x 8, where three would be needed
 
 
@@ -44,18 +46,12 @@ def dual(f: Tensor, g: Tensor, buffers: Buffers) -> Tensor:
         return out
     # nobody else writes to this buffer, so that the lower left stays zero
     out = buffers('dual', f.dtype, count, 2 * size, 2 * size, zeros=True)
-    out[:, :size, :size] = f
-    out[:, :size, size:] = g
-    out[:, size:, size:] = f
+    to, f, g = in_doubles(out, f, g)
+    columns = f.shape[-1]
+    to[:, :size, :columns] = f
+    to[:, :size, columns:] = g
+    to[:, size:, columns:] = f
     return out
-
-
-def derivative(m: Tensor, buffers: Buffers) -> Tensor:
-    """G of F + e G: (M, b, b), contiguous."""
-    if m.ndim == 4:
-        return m[1]
-    size = m.shape[-1] // 2
-    return buffers('derivative', m.dtype, len(m), size, size).copy_(m[:, :size, size:])
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -76,37 +72,9 @@ def squared(m: Tensor, times: int, buffers: Buffers) -> Tensor:
 
 
 def derivative_of_squared(m: Tensor, times: int, buffers: Buffers) -> Tensor:
-    """`derivative` of m^(2^times) of dual matrices, times > 0, without what the last product makes beside it."""
+    """G of (F + e G)^(2^times), (M, b, b), contiguous; times > 0."""
     m = squared(m, times - 1, buffers)
     if m.ndim == 4:
         return torch.bmm(m[0], m[1], out=buffers.like('derivative', m[0])).baddbmm_(m[1], m[0])
     size = m.shape[-1] // 2
     return torch.bmm(m[:, :size], m[:, :, size:], out=buffers('derivative', m.dtype, len(m), size, size))
-
-
-def exponential(a: Tensor, degree: int, buffers: Buffers) -> Tensor:
-    """exp by the Taylor polynomial (Paterson-Stockmeyer), for small norms; exp(0) is the identity.
-
-    Args:
-        a: Matrices (M, b, b) or dual matrices.
-        degree: A multiple of 4, at least 8.
-        buffers: One of which is returned.
-    """
-    a2 = multiply(a, a, buffers.like('a2', a))
-    a3 = multiply(a2, a, buffers.like('a3', a))
-    a4 = multiply(a2, a2, buffers.like('a4', a))
-
-    def four_terms(k: int, name: str) -> Tensor:
-        out = torch.mul(a, 1 / math.factorial(k + 1), out=buffers.like(name, a))
-        out.add_(a2, alpha=1 / math.factorial(k + 2)).add_(a3, alpha=1 / math.factorial(k + 3))
-        matrices = out if out.ndim == 3 else out[0]
-        matrices.flatten(1)[:, ::matrices.shape[-1] + 1] += 1 / math.factorial(k)
-        return out
-
-    high = four_terms(degree - 4, 'high').add_(a4, alpha=1 / math.factorial(degree))
-    for k in range(degree - 8, -1, -4):
-        low = four_terms(k, 'low')
-        high = low.add_(multiply(a4, high, buffers.like('product', a)))
-        if k:
-            high = buffers.like('high', a).copy_(high)
-    return high

@@ -1,10 +1,11 @@
 """exp(x A_x + y A_y) at all positions of a grid, forward and backward, and the operators made of them.
 
-Made at a few nodes of strongly scaled generators, interpolated and squared, level by level (`grid_levels.py`).
+Those of strongly scaled generators are polynomials in x and y (`power_series.py`). They are evaluated at a few nodes,
+squared there, interpolated and squared, level by level (`grid_levels.py`).
 
 E = F^2 gives dE = F dF + dF F. These maps are their own adjoints up to a transpose, and those of all squarings commute,
 since every F is a function of the same matrix. The backward therefore walks the squarings of a level in the order of
-the forward, on the transposed matrices (the exponentials of -A), and has to keep none of them.
+the forward, on the transposed matrices (those at -x, -y), and has to keep none of them.
 
 The operators `timm_rope::grid_exponentials` and `timm_rope::grid_exponentials_backward` are what a compiled graph
 holds: how often to square depends on the norm of the generators, which no graph knows.
@@ -17,12 +18,15 @@ from typing import List, Optional
 import torch
 from torch import Tensor
 
-from .dual_matrices import Buffers, derivative, derivative_of_squared, dual, exponential, multiply, squared
+from . import power_series
+from .dual_matrices import Buffers, derivative_of_squared, dual, multiply, squared
 from .grid_levels import Grid, Level, Norms, grid_of, norms_of
 from .precision import without_autocast
 
-CHUNK = 2 ** 19  # elements of the matrices that are worked on at a time: stay in the cache of a CPU
-CHUNK_OF_A_GPU = 2 ** 24  # where many small launches would cost more than they save
+# Numbers that are worked on at a time
+COEFFICIENTS = 2 ** 21  # there are so few that most of the time would go to the calls
+POSITIONS = 2 ** 19  # stay in the cache of a CPU
+ROOM_OF_A_GPU = 2 ** 24  # where many small launches would cost more than a cache saves
 
 
 def skew(triangle: Tensor, size: int) -> Tensor:
@@ -65,83 +69,112 @@ def forward(freqs: Tensor, y: Tensor, x: Tensor, size: int, norms: Norms, square
     y, x = y.to(wide.dtype), x.to(wide.dtype)
     grid = grid_of(y, x, size, norms, torch.finfo(freqs.dtype).eps)
     squarings = grid.levels[0].squarings
-    generators = skew(wide, size).flatten(1, 2).flatten(2)
+    generators = skew(wide, size).flatten(1, 2) * grid.scale
+    monomials = power_series.monomials(grid.x, grid.y, grid.degree)
     eye = torch.eye(size, dtype=wide.dtype, device=wide.device)
     origin = ((y == 0).unsqueeze(1) & (x == 0)).flatten().nonzero().flatten()
     buffers = Buffers(freqs.device)
-    for part in _chunks(out):
-        made = _at_positions(generators[:, part], grid, size, buffers)
-        made.view(-1, out.shape[1], groups, size, size)[:, origin] = eye
-        made = buffers('narrow', squared_in, *made.shape).copy_(made) if made.dtype != squared_in else made
-        target = out[part].view(-1, size, size)
-        if squarings and made.dtype == out.dtype:
-            made = squared(made, squarings - 1, buffers)
-            multiply(made, made, target)
-        else:
-            target.copy_(squared(made, squarings, buffers))
+    for some in _slices(out, monomials.shape[1] * out.shape[2], COEFFICIENTS):
+        coefficients = _coefficients(generators[:, some], grid.degree, buffers)
+        for part in _slices(coefficients, out[0].numel(), POSITIONS):
+            made = _at_positions(coefficients[part], monomials, grid, size, buffers)
+            made.view(-1, out.shape[1], groups, size, size)[:, origin] = eye
+            made = buffers('narrow', squared_in, *made.shape).copy_(made) if made.dtype != squared_in else made
+            target = out[some][part].view(-1, size, size)
+            if squarings and made.dtype == out.dtype:
+                made = squared(made, squarings - 1, buffers)
+                multiply(made, made, target)
+            else:
+                target.copy_(squared(made, squarings, buffers))
     return out.unflatten(0, [layers, heads])
 
 
 def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, norms: Norms) -> Tensor:
     """Gradient of `freqs` from that of the exponentials (L, H, N, W), in the dtype of `freqs`."""
-    layers, heads, groups = freqs.shape[1:4]
+    groups = freqs.shape[3]
     if not math.isfinite(sum(norms)):
         return torch.full_like(freqs, math.nan, memory_format=torch.contiguous_format)
     wide = _wide(freqs)
     tolerance = torch.finfo(freqs.dtype).eps
     grid = grid_of(y.to(wide.dtype), x.to(wide.dtype), size, norms, tolerance, 8 * tolerance)
-    transposed = -skew(wide, size).flatten(1, 2).flatten(2)
-    width = groups * size * size
-    grad = grad.reshape(layers * heads, grid.levels[0].positions, width)
-    out = freqs.new_empty(layers * heads, 2, width)
-    back = grid.positions.mT.to(freqs.dtype)
+    generators = skew(wide, size).flatten(1, 2) * grid.scale
+    transposed = power_series.monomials(-grid.x, -grid.y, grid.degree)
+    back = power_series.monomials(grid.x, grid.y, grid.degree).mT.to(freqs.dtype)
+    grad = grad.flatten(0, 1)
+    out = torch.empty_like(generators, dtype=freqs.dtype)
     buffers = Buffers(freqs.device)
-    for part in _chunks(grad):
-        kept: List[Tensor] = []
-        start = _at_positions(transposed[:, part], grid, size, buffers, kept, freqs.dtype)
-        g = grad[part].reshape(-1, size, size)
-        for level in grid.levels:
-            if level.squarings:
-                g = derivative_of_squared(dual(start, g, buffers), level.squarings, buffers)
-            start = kept.pop()
-            g = _gathered(g, level, out[part].shape[0], buffers)
-        g = derivative(exponential(dual(start, g, buffers), grid.degree, buffers), buffers)
-        torch.matmul(back, g.reshape(out[part].shape[0], -1, width), out=out[part])
-    matrices = out.unflatten(-1, [groups, size, size]).transpose(0, 1)
+    for some in _slices(grad, len(back) * grad.shape[2], COEFFICIENTS):
+        terms: List[Tensor] = []
+        coefficients = _coefficients(generators[:, some], grid.degree, buffers, terms, freqs.dtype)
+        gathered = buffers('gathered', freqs.dtype, *coefficients.shape)
+        for part in _slices(coefficients, grad[0].numel(), POSITIONS):
+            kept: List[Tensor] = []
+            start = _at_positions(coefficients[part], transposed, grid, size, buffers, kept, freqs.dtype)
+            g = grad[some][part].reshape(-1, size, size)
+            for level in grid.levels:
+                if level.squarings:
+                    g = derivative_of_squared(dual(start, g, buffers), level.squarings, buffers)
+                if kept:
+                    g, start = _gathered(g, level, len(coefficients[part]), buffers), kept.pop()
+            torch.matmul(back, g.view(-1, back.shape[1], grad.shape[2]), out=gathered[part])
+        by_degree = gathered.view(*gathered.shape[:2], groups, size, size).transpose(1, 2).flatten(0, 1).split(
+            [k + 1 for k in range(grid.degree + 1)], dim=1)
+        of_generators = power_series.gradient(
+            by_degree, terms, generators[:, some].flatten(1, 2).to(freqs.dtype), buffers)
+        torch.mul(of_generators.view_as(out[:, some]), grid.scale, out=out[:, some])
     row, column = torch.triu_indices(size, size, 1, device=out.device)
-    return (matrices - matrices.mT)[..., row, column].contiguous().view_as(freqs)
+    return (out - out.mT)[..., row, column].contiguous().view_as(freqs)
+
+
+def _coefficients(
+        generators: Tensor, degree: int, buffers: Buffers,
+        kept: Optional[List[Tensor]] = None, dtype: Optional[torch.dtype] = None,
+) -> Tensor:
+    """The exponentials of some heads as polynomials of the position.
+
+    Args:
+        generators: (2, heads, G, b, b), x first.
+        degree: Of the polynomials.
+        buffers: One of which is returned.
+        kept: Gets the coefficients of degree 0, 1, ..., (heads * G, k + 1, b, b).
+        dtype: Of what is kept.
+
+    Returns:
+        (heads, C, W).
+    """
+    heads, groups, size = generators.shape[1:4]
+    out = buffers('coefficients', generators.dtype, heads, power_series.count(degree), groups, size, size)
+    for k, term in enumerate(power_series.terms(generators.flatten(1, 2), degree, buffers)):
+        out[:, power_series.count(k - 1):power_series.count(k)] = term.unflatten(0, [heads, groups]).transpose(1, 2)
+        if kept is not None:
+            kept.append(buffers(f'kept of degree {k}', dtype or term.dtype, *term.shape).copy_(term))
+    return out.flatten(2)
 
 
 def _at_positions(
-        generators: Tensor, grid: Grid, size: int, buffers: Buffers,
+        coefficients: Tensor, monomials: Tensor, grid: Grid, size: int, buffers: Buffers,
         kept: Optional[List[Tensor]] = None, dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
     """Exponentials of some heads at the positions of the first level, before they are squared there.
 
     Args:
-        generators: (2, heads, W), x first.
+        coefficients: (heads, C, W).
+        monomials: (n, C), of the positions of the last level.
         grid: How to make them.
         size: b.
         buffers: One of which is returned.
-        kept: Gets the scaled generators at the positions of the last level, and, from the last level to the second,
-            the exponentials before they are squared.
-        dtype: Of what is kept and returned, by default that of the generators.
+        kept: Gets, from the last level to the second, the exponentials before they are squared.
+        dtype: Of what is kept and returned, by default that of the coefficients.
 
     Returns:
         (heads * N * G, b, b).
     """
-    heads, width = generators.shape[1:]
-
-    def keep(matrices: Tensor) -> None:
-        if kept is not None:
-            kept.append(buffers(f'kept {len(kept)}', dtype or matrices.dtype, *matrices.shape).copy_(matrices))
-
-    scaled = buffers('scaled', generators.dtype, heads, len(grid.positions), width)
-    m = torch.matmul(grid.positions, generators.transpose(0, 1), out=scaled).view(-1, size, size)
-    keep(m)
-    m = exponential(m, grid.degree, buffers)
+    heads, _, width = coefficients.shape
+    evaluated = buffers('evaluated', coefficients.dtype, heads, len(monomials), width)
+    m = torch.matmul(monomials, coefficients, out=evaluated).view(-1, size, size)
     for below, level in zip(reversed(grid.levels), reversed(grid.levels[:-1])):
-        keep(m)
+        if kept is not None:
+            kept.append(buffers(f'kept {len(kept)}', dtype or m.dtype, *m.shape).copy_(m))
         m = squared(m, below.squarings, buffers)
         if level is grid.levels[0] and dtype is not None:
             m = buffers('narrow', dtype, *m.shape).copy_(m)
@@ -162,7 +195,7 @@ def _interpolated(m: Tensor, level: Level, heads: int, buffers: Buffers) -> Tens
 
 
 def _gathered(g: Tensor, level: Level, heads: int, buffers: Buffers) -> Tensor:
-    """Transpose of `_interpolated`, the same where the level is the last one."""
+    """Transpose of `_interpolated`."""
     out = g.reshape(heads, level.rows, level.columns, -1)
     rows = level.rows
     if level.from_rows is not None:
@@ -179,10 +212,9 @@ def _weighted(weights: Tensor, values: Tensor, name: str, buffers: Buffers) -> T
     return torch.bmm(weights.to(values.dtype).expand(len(values), -1, -1), values, out=out)
 
 
-def _chunks(matrices: Tensor) -> List[slice]:
-    """Slices of heads of (L H, N, W)."""
-    room = CHUNK if matrices.device.type == 'cpu' else CHUNK_OF_A_GPU
-    step = max(1, room // max(1, matrices[0].numel()))
+def _slices(matrices: Tensor, numbers: int, room: int) -> List[slice]:
+    """Slices of heads (L H, ...) of which each takes so many numbers."""
+    step = max(1, (room if matrices.device.type == 'cpu' else ROOM_OF_A_GPU) // max(1, numbers))
     return [slice(i, i + step) for i in range(0, len(matrices), step)]
 
 

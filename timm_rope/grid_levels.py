@@ -11,7 +11,7 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import chebyshev
+from . import chebyshev, power_series
 
 MOST = 4  # squarings of one level: more, in float32, would lose more than four bits
 FINEST = 2.0 ** -56  # a tolerance that float64 cannot resolve asks for no more nodes
@@ -19,8 +19,8 @@ FINEST = 2.0 ** -56  # a tolerance that float64 cannot resolve asks for no more 
 # Nanoseconds, forward and backward, on two cores of a Xeon with AVX-512
 SQUARING = 270.0, 0.14  # of a matrix, and for each of its b^3 products
 LEVEL = 450.0, 50.0  # of a matrix that is copied for a level, and for each position of the grid while a level is set up
-POLYNOMIAL = 5  # squarings take the time of it
-INTERPOLATION = 0.2  # of an entry at a node for an entry at a position
+COEFFICIENT = 560.0, 0.3  # of a coefficient of the polynomial, and for each of the b^3 products of its matrices
+INTERPOLATION = 0.2  # of an entry at a node, or of a coefficient, for an entry at a position
 
 
 class Norms(NamedTuple):
@@ -62,12 +62,15 @@ class Grid(NamedTuple):
 
     Attributes:
         levels: The whole grid first.
-        positions: (N, 2), where to make the exponentials of the last level, x first and row-major, times 2^-s for all
-            squarings s.
-        degree: Of the Taylor polynomial that makes them.
+        scale: What the generators are multiplied by for the last level, a scalar.
+        x: (n,), positions of the last level, row-major, in that unit.
+        y: (n,), the same.
+        degree: Of the polynomial that makes the exponentials of the last level.
     """
     levels: List[Level]
-    positions: Tensor
+    scale: Tensor
+    x: Tensor
+    y: Tensor
     degree: int
 
 
@@ -93,11 +96,6 @@ def norms_of(a: Tensor, y: Tensor, x: Tensor) -> Norms:
     return Norms(max(corners), rows, columns)
 
 
-def degree_for(tolerance: float) -> int:
-    """Degree of the Taylor polynomial: what float64 is to resolve, too many squarings of it would lose."""
-    return 8 if tolerance > 1e-12 else 16
-
-
 def plan(
         rows: int, columns: int, size: int, norms: Norms, tolerance: float, of_derivative: float,
 ) -> List[Tuple[int, int, int]]:
@@ -112,7 +110,7 @@ def plan(
         of_derivative: The same for how the exponentials change with the generators, per unit of change at the corners;
             infinite where nobody asks for that.
     """
-    degree = degree_for(tolerance)
+    coefficient = COEFFICIENT[0] + COEFFICIENT[1] * size ** 3
     squaring = SQUARING[0] + SQUARING[1] * size ** 3
     setup = LEVEL[1] * rows * columns
 
@@ -125,18 +123,17 @@ def plan(
             cost = setup + rows * columns * (LEVEL[0] + squarings * squaring)
             fewer_rows = chebyshev.nodes_needed(norms.rows * shrunk, allowed, of_derivative, rows)
             fewer_columns = chebyshev.nodes_needed(norms.columns * shrunk, allowed, of_derivative, columns)
-            if squarings == MOST or fewer_rows * fewer_columns < rows * columns:
+            small = norms.whole * shrunk <= 1  # a polynomial is of no use beyond
+            if fewer_rows * fewer_columns < rows * columns or (squarings == MOST and not small):
                 products = fewer_rows * columns * fewer_columns * (fewer_columns < columns)
                 products += rows * columns * fewer_rows * (fewer_rows < rows)
                 below, levels = cheapest(scale + squarings, fewer_rows, fewer_columns)
                 through = cost + products * size ** 2 * INTERPOLATION + below
                 found = min(found, (through, ((squarings, rows, columns), *levels)))
-            norm = min(1.0, norms.whole * shrunk)  # beyond, the polynomial is of no use, and powers overflow
-            change = norm ** degree / math.factorial(degree)
-            if change * norm / (degree + 1) <= allowed and change <= of_derivative:
-                made = cost + POLYNOMIAL * rows * columns * squaring
+            if small:
+                terms = power_series.count(power_series.degree_needed(norms.whole * shrunk, allowed, of_derivative))
+                made = cost + terms * (coefficient + rows * columns * size ** 2 * INTERPOLATION)
                 found = min(found, (made, ((squarings, rows, columns),)))
-                break
         return found
 
     return list(cheapest(0, rows, columns)[1])
@@ -164,5 +161,9 @@ def grid_of(
         if fewer_columns < columns:
             from_columns, x = chebyshev.weights(x, fewer_columns), chebyshev.nodes(x, fewer_columns)
         levels.append(Level(squarings, rows, columns, from_rows, from_columns))
-    positions = torch.stack((x.expand(len(y), -1), y.unsqueeze(1).expand(-1, len(x))), dim=-1).flatten(0, 1)
-    return Grid(levels, positions * 0.5 ** sum(level.squarings for level in levels), degree_for(tolerance))
+    # powers of large coordinates could overflow; where all are 0, nothing turns
+    reach = torch.cat((y, x)).abs().amax().clamp_min(torch.finfo(y.dtype).tiny)
+    shrunk = 0.5 ** sum(level.squarings for level in levels)
+    degree = power_series.degree_needed(norms.whole * shrunk, max(tolerance * shrunk, FINEST), of_derivative)
+    x, y = x.expand(len(y), -1).flatten() / reach, y.unsqueeze(1).expand(-1, len(x)).flatten() / reach
+    return Grid(levels, reach * shrunk, x, y, degree)
