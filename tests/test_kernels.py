@@ -203,6 +203,27 @@ def test_pieces_cover_every_token(choose, monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*both))
 
 
+@pytest.mark.parametrize('parts', [2, 3])
+def test_queries_and_keys_are_found_where_they_lie(parts):
+    images, heads, tokens, width = 2, 3, 5, 8
+    packed = torch.randn(images, tokens, parts, heads, width)
+    q, k, *rest = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    found = packing.packed_of(q, k)
+    assert torch.equal(found, packed) and found.data_ptr() == packed.data_ptr()
+    inner = torch.randn(4, tokens, parts, heads, width)[1:3]
+    assert torch.equal(packing.packed_of(*inner.permute(2, 0, 3, 1, 4)[:2]), inner)
+    # memory that holds something else than it seems to
+    elsewhere = torch.randn_like(packed)[:, :, 1].transpose(1, 2)
+    others = [
+        (q.clone(), k.clone()), (q.contiguous(), k.contiguous()), (k, q), (q, k.clone()), (q, q), (q, elsewhere),
+        (q[..., :4], k[..., :4]), (q[:, :, 1:], k[:, :, 1:]), (q[:, 1:], k[:, 1:])]
+    others += [(k, v) for v in rest]  # the third part of the last image would lie beyond the end
+    for a, b in others:
+        found = packing.packed_of(a, b)
+        assert torch.equal(found[:, :, 0], a.transpose(1, 2)) and torch.equal(found[:, :, 1], b.transpose(1, 2))
+
+
+
 def test_a_single_image_whose_heads_share_one_matrix(choose):
     """Its rows can be viewed as they are, without a copy."""
     rope, leaf = encoding('liere', 32, dict(block=32, share_heads=True)), projection(32, batch=1)

@@ -16,6 +16,19 @@ def pack(*parts: Tensor) -> Tensor:
     return out
 
 
+def packed_of(q: Tensor, k: Tensor) -> Tensor:
+    """(B, N, 2 or 3, H, D) that begins with q and k (B, H, N, D): the memory that they are views of, or a copy."""
+    B, H, N, D = q.shape
+    token = q.stride(2)
+    if token in (2 * H * D, 3 * H * D) and q.stride() == k.stride() == (N * token, D, token, 1):
+        storage, start = q.untyped_storage(), q.storage_offset()
+        room = storage.nbytes() // q.element_size() - start
+        if k.storage_offset() == start + H * D and k.untyped_storage().data_ptr() == storage.data_ptr():
+            if room >= B * N * token:
+                return q.as_strided([B, N, token // (H * D), H, D], [N * token, token, H * D, D, 1])
+    return pack(q, k)
+
+
 def images_at_a_time(x: Tensor) -> int:
     """How many images of x (B, ...) make a piece: one that is large, many that are small."""
     return max(1, min(x.shape[0], PIECE // max(1, x[0].numel())))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..rotation import BlockRotation, Rotation
 from .memo import derived
-from .packing import pack
+from .packing import pack, packed_of
 
 BY_IMAGE = False  # few rows to a matrix are slow
 STRIDED = 32  # rows of so many channels are fetched by strides, shorter ones three times as fast by their number
@@ -33,7 +33,7 @@ def turn_back(
     grad = fetch(out, rotation, shared)
     sums = None
     if payload_grad and q is not None and k is not None:  # first: the rows may be a view of what is stored to
-        sums = torch.bmm(grad.transpose(1, 2), fetch(pack(q, k), rotation, shared))
+        sums = torch.bmm(grad.transpose(1, 2), fetch(packed_of(q, k), rotation, shared))
     store(out, torch.bmm(grad, derived(payload, matrices_of, rotation)), rotation, shared)
     if sums is None:
         return out, None
