@@ -223,7 +223,6 @@ def test_queries_and_keys_are_found_where_they_lie(parts):
         assert torch.equal(found[:, :, 0], a.transpose(1, 2)) and torch.equal(found[:, :, 1], b.transpose(1, 2))
 
 
-
 def test_a_single_image_whose_heads_share_one_matrix(choose):
     """Its rows can be viewed as they are, without a copy."""
     rope, leaf = encoding('liere', 32, dict(block=32, share_heads=True)), projection(32, batch=1)

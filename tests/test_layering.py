@@ -36,7 +36,7 @@ ALLOWED = {
     'rotation': {'exponential', 'precision', 'sines'},
     'encoding': {'augmentation', 'cache', 'checks', 'coordinates', 'rotation', 'scaling', 'signature'},
     'encodings': {'encoding', 'frequencies', 'rotation', 'scaling', 'checks'},
-    'kernels': {'precision', 'rotation'},
+    'kernels': {'doubles', 'precision', 'rotation'},
     'attention': {'kernels', 'rotation'},
     'patch_embed': {'checks'},
     'checkpointed': {'mismatches'},

@@ -1,4 +1,4 @@
-"""Two float32 numbers moved as one float64."""
+"""Two neighbouring numbers seen as one element: float32 moved as float64, or a complex number (`kernels/pairs.py`)."""
 from typing import Tuple
 
 import torch
@@ -14,7 +14,10 @@ def in_doubles(*tensors: Tensor) -> Tuple[Tensor, ...]:
     return tuple(x.view(torch.float64) for x in tensors) if all(map(_in_pairs, tensors)) else tensors
 
 
+def even(x: Tensor) -> bool:
+    """Whether rows lie so that two neighbouring numbers can be seen as one element; their length may be odd."""
+    return bool(x.stride(-1) == 1 and x.storage_offset() % 2 == 0 and all(s % 2 == 0 for s in x.stride()[:-1]))
+
+
 def _in_pairs(x: Tensor) -> bool:
-    if x.device.type != 'cpu' or x.dtype != torch.float32 or x.stride(-1) != 1:
-        return False
-    return not any(number % 2 for number in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and x.shape[-1] % 2 == 0 and even(x)

@@ -4,6 +4,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..doubles import even
 from ..rotation import PairRotation, Rotation
 from .packing import images_at_a_time, pieces
 
@@ -65,12 +66,6 @@ def products(grad: Tensor, turned: Tensor, each: bool, total: Optional[Tensor] =
 def turns(payload: Tensor, groups: int) -> Tensor:
     """(N, H or 1, G) or (B, N, H or 1, G), complex."""
     return as_complex(payload if even(payload) else payload.contiguous(), groups).transpose(-2, -3)
-
-
-def even(x: Tensor) -> bool:
-    """Whether neighbouring channels of x can be viewed as complex numbers."""
-    return bool(
-        x.stride(-1) == 1 and x.storage_offset() % 2 == 0 and all(s % 2 == 0 for s in x.stride()[:-1]))
 
 
 def as_complex(x: Tensor, groups: int) -> Tensor:
