@@ -73,6 +73,8 @@ def test_in_place_is_the_formula(case, dtype, tolerance, choose, taken):
     choose('inplace')
     got = results(rope, leaf)
     assert taken == ['formula', 'inplace']
+    if case[0] == 'liere':
+        tolerance *= 5  # the exponentials and their gradient, made in float32 while they learn
     for a, b in zip(got, expected):
         assert (a is None) == (b is None)
         if b is not None:

@@ -18,10 +18,10 @@ from .precision import recording, transformed, without_autocast
 def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     """exp(x A_x + y A_y) for all layers, heads, positions and blocks (LieRE, arXiv 2406.10322, eq. 3).
 
-    Computed outside autocast and, where the device has it, in float64: float32 results are within 3e-7 of the exact
-    ones, whatever the block and the size of the grid. While float32 generators of blocks above 4 learn, and in compiled
-    graphs, the last squarings, four at most, are in float32: within 2e-6. The gradient of float32 generators is
-    computed in float32, to about 2e-6 of its largest entry at block 8 and 1e-5 at block 64.
+    Computed outside autocast. While nothing learns, and on every device that has it, the work is in float64, and the
+    float32 result is within 3e-7 of the exact one for any block and grid. While float32 generators of blocks above 4
+    learn, and in compiled graphs, the matrices are squared in float32: the result is within 5e-6. The gradient of
+    float32 generators is computed in float32, to about 5e-6 of its largest entry at block 8 and 1e-5 at block 64.
 
     Args:
         freqs: (2, L, H, G, b (b - 1) / 2), strict upper triangles of A_x and A_y row by row, radians per coordinate.
@@ -69,10 +69,10 @@ class _GridExponentials(torch.autograd.Function):
     @staticmethod
     def forward(ctx, freqs: Tensor, y: Tensor, x: Tensor, size: int, learning: bool) -> Tensor:
         ctx.save_for_backward(freqs, y, x)
-        ctx.size, ctx.norms = size, grid_exponentials.norms(freqs, y, x, size)
+        ctx.size, ctx.plan = size, grid_exponentials.plan(freqs, y, x, size)
         # where it is made anew in every step, squarings in float64 would take most of the time
         squared_in = freqs.dtype if learning or freqs.device.type == 'mps' else torch.float64
-        return grid_exponentials.forward(freqs, y, x, size, ctx.norms, squared_in)
+        return grid_exponentials.forward(freqs, y, x, size, ctx.plan, squared_in)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -84,7 +84,7 @@ class _GridExponentials(torch.autograd.Function):
                 with torch.enable_grad():
                     out = _plain_table(freqs, y, x, ctx.size)
                     return (*torch.autograd.grad(out, freqs, grad, create_graph=further), None, None, None, None)
-            return grid_exponentials.backward(grad, freqs, y, x, ctx.size, ctx.norms), None, None, None, None
+            return grid_exponentials.backward(grad, freqs, y, x, ctx.size, ctx.plan), None, None, None, None
 
 
 def skew_exp(triangle: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,6 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..doubles import even
 from ..rotation import PairRotation, Rotation
 from .packing import images_at_a_time, pieces
 
@@ -61,6 +60,11 @@ def products(grad: Tensor, turned: Tensor, each: bool, total: Optional[Tensor] =
         torch.conj_physical(turned[images], out=scratch[:count])
         total[images if each else slice(count)].addcmul_(grad[images], scratch[:count])
     return total
+
+
+def even(x: Tensor) -> bool:
+    """Whether rows lie so that two neighbouring numbers can be seen as a complex one; their length may be odd."""
+    return bool(x.stride(-1) == 1 and x.storage_offset() % 2 == 0 and all(s % 2 == 0 for s in x.stride()[:-1]))
 
 
 def turns(payload: Tensor, groups: int) -> Tensor:
