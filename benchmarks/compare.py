@@ -28,7 +28,7 @@ from comparison.training import POINTS
 from machine import Row, describe, device_of, integer_from, read_result, summary, write_result
 from tqdm import tqdm
 
-from timm_rope.small_data import NoImages
+from timm_rope.cli.demo.images import NoImages
 
 # in the order of table 2 of arXiv 2511.08368
 METHODS = ('ape', 'axial', 'axial_learned', 'uniform', 'spherical', 'spherical_learned', 'mixed', 'liere')

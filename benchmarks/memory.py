@@ -102,7 +102,7 @@ def peak(spec: Spec, setting: Setting) -> int:
         return torch.cuda.max_memory_allocated() - before
     # children of a server that has imported everything and computed nothing start in a moment, and from one state
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm', 'timm_rope.vit'])
+    context.set_forkserver_preload(['timm', 'timm_rope.models.vit'])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(peak_of_process, spec, setting, torch.get_num_threads()).result()

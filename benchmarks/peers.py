@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_rope.coordinates import grid_axes
-from timm_rope.encoding import RotaryEncoding
-from timm_rope.rotation import BlockRotation, PairRotation, TripletRotation
+from timm_rope.encodings._base import RotaryEncoding
+from timm_rope.positions.coordinates import grid_axes
+from timm_rope.rotations.formulas import BlockRotation, PairRotation, TripletRotation
 
 NAIVE = 'naive:'
 

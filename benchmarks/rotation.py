@@ -26,8 +26,8 @@ from peers import Spec, parse_options
 from torch import Tensor
 
 from timm_rope import create_rope, list_ropes
-from timm_rope.coordinates import square_grid
 from timm_rope.kernels import ROUTES, VARIABLE, find_route, rotate, unpack
+from timm_rope.positions.coordinates import square_grid
 
 ENCODINGS = ['axial', 'mixed', 'spherical', 'spherical_learned', 'liere', 'liere,block=64']
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)

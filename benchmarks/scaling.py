@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from machine import Row, describe, integer_from, output_file, summary, write_result
 
-from timm_rope.demo import MODEL, count_right, train
-from timm_rope.small_data import load_digits
+from timm_rope.cli.demo.command import MODEL, count_right, train
+from timm_rope.cli.demo.images import load_digits
 
 PATCH = 2
 SIZES = (12, 18, 24, 36)  # 6 x 6 patches in training; 1, 1.5, 2 and 3 times as many on a side

@@ -11,7 +11,8 @@ from importlib import metadata
 import pytest
 from fresh_python import HIDE, our_warnings, run_python, write_timm
 
-from timm_rope import doctor, plugin
+from timm_rope import plugin
+from timm_rope.cli import doctor
 
 ENCODINGS = ('axial', 'axial_learned', 'mixed', 'spherical', 'spherical_learned', 'uniform', 'liere', 'spiral')
 SIZES = ('tiny', 'small', 'base', 'large')

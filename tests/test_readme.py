@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import timm
 
+from timm_rope.cli.encodings import options_table, properties_table
 from timm_rope.models.rope_vit import PUBLISHED
-from timm_rope.properties import options_table, properties_table
 
 README = (Path(__file__).parents[1] / 'README.md').read_text()
 EXAMPLES = re.findall(r'```python\n(.*?)```', README, flags=re.S)

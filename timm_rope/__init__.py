@@ -10,20 +10,20 @@ from . import plugin as _plugin
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .encoding import RotaryEncoding as RotaryEncoding
     from .encodings import create_rope as create_rope
     from .encodings import list_ropes as list_ropes
-    from .reparametrize import convert_encoding as convert_encoding
-    from .swin import RopeSwinTransformer as RopeSwinTransformer
-    from .vit import RopeVisionTransformer as RopeVisionTransformer
+    from .encodings._base import RotaryEncoding as RotaryEncoding
+    from .models.convert_encoding import convert_encoding as convert_encoding
+    from .models.swin import RopeSwinTransformer as RopeSwinTransformer
+    from .models.vit import RopeVisionTransformer as RopeVisionTransformer
 
 _LAZY = {
-    'RotaryEncoding': '.encoding',
-    'convert_encoding': '.reparametrize',
+    'RotaryEncoding': '.encodings',
+    'convert_encoding': '.models.convert_encoding',
     'create_rope': '.encodings',
     'list_ropes': '.encodings',
-    'RopeSwinTransformer': '.swin',
-    'RopeVisionTransformer': '.vit',
+    'RopeSwinTransformer': '.models.swin',
+    'RopeVisionTransformer': '.models.vit',
 }
 __all__ = [
     'RopeSwinTransformer', 'RopeVisionTransformer', 'RotaryEncoding', '__version__', 'convert_encoding', 'create_rope',

@@ -1,23 +1,23 @@
 """`python -m timm_rope COMMAND`: what the package can do without a line of Python.
 
-A command is a module with `add_arguments(parser)` and `run(args) -> int`, the exit status.
+A command is a module or package of `cli/` with `add_arguments(parser)` and `run(args) -> int`, the exit status.
 """
 import argparse
 import os
 import sys
 from importlib import import_module
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 from ._version import __version__
 
-COMMANDS: Dict[str, Tuple[str, str]] = {  # name -> (module, help)
-    'convert': ('.convert', 'turn any known checkpoint into a folder that timm loads and the Hub takes'),
-    'demo': ('.demo', 'train a rotary and a learned position encoding on small images and compare them on larger ones'),
-    'doctor': ('.doctor', 'say whether scripts that only import timm find the models, and what to do if not'),
-    'encodings': ('.properties', 'list the encodings and their properties or options'),
-    'list': ('.catalog', 'list the models'),
-    'recipe': ('.recipes', "list or print training settings of the papers, for timm's train.py"),
-    'sweep': ('.sweep', 'evaluate models on images of several sizes'),
+COMMANDS: Dict[str, str] = {  # name of a command, which is that of its module in `cli/` -> help
+    'convert': 'turn any known checkpoint into a folder that timm loads and the Hub takes',
+    'demo': 'train a rotary and a learned position encoding on small images and compare them on larger ones',
+    'doctor': 'say whether scripts that only import timm find the models, and what to do if not',
+    'encodings': 'list the encodings and their properties or options',
+    'list': 'list the models',
+    'recipe': "list or print training settings of the papers, for timm's train.py",
+    'sweep': 'evaluate models on images of several sizes',
 }
 
 
@@ -35,10 +35,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         prog='python -m timm_rope', description='Rotary position encodings for Vision Transformers, a plugin for timm.')
     parser.add_argument('--version', action='version', version=f'timm_rope {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND')
-    for name, (module, text) in COMMANDS.items():
+    for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.')
         if argv[:1] == [name]:  # only the command in use is imported: doctor must work where torch and timm are broken
-            implementation = import_module(module, __package__)
+            implementation = import_module(f'.cli.{name}', __package__)
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.run)
     args = parser.parse_args(argv)

@@ -9,8 +9,8 @@ from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from timm_rope.demo import random_crops
-from timm_rope.small_data import load_images
+from timm_rope.cli.demo.command import random_crops
+from timm_rope.cli.demo.images import load_images
 
 BATCH = 250
 Batches = Iterator[Tuple[Tensor, Tensor]]
@@ -31,7 +31,7 @@ class SmallImages:
     """Fashion-MNIST or scikit-learn's digits, all in memory; larger test images are enlarged ones (bicubic).
 
     Raises:
-        timm_rope.small_data.NoImages: There are none.
+        timm_rope.cli.demo.images.NoImages: There are none.
         ValueError: The folder is wrong, or a file is damaged.
     """
 

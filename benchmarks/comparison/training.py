@@ -15,7 +15,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_rope.demo import autocast
+from timm_rope.cli.demo.command import autocast
 
 from .recipe import Recipe
 

@@ -1,7 +1,7 @@
 """The registry: one import line per encoding."""
 from typing import Any, List, Tuple
 
-from ..encoding import ENCODINGS, RotaryEncoding
+from ._base import ENCODINGS, RotaryEncoding
 from .axial import Axial as Axial
 from .axial import AxialLearned as AxialLearned
 from .liere import LieRE as LieRE

@@ -4,10 +4,10 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from ..checks import check_group
-from ..encoding import RotaryEncoding
-from ..frequencies import axial, geometric
-from ..rotation import PairRotation
+from .._checks import check_group
+from ..rotations.formulas import PairRotation
+from ._base import RotaryEncoding
+from ._frequencies import axial, geometric
 
 
 class Axial(RotaryEncoding, name='axial'):

@@ -4,9 +4,9 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from ..checks import check_group, check_integer
-from ..encoding import RotaryEncoding
-from ..rotation import BlockRotation
+from .._checks import check_group, check_integer
+from ..rotations.formulas import BlockRotation
+from ._base import RotaryEncoding
 
 
 class LieRE(RotaryEncoding, name='liere'):

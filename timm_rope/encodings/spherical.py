@@ -2,10 +2,10 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_group
-from ..encoding import RotaryEncoding
-from ..frequencies import geometric
-from ..rotation import TripletRotation
+from .._checks import check_choice, check_group
+from ..rotations.formulas import TripletRotation
+from ._base import RotaryEncoding
+from ._frequencies import geometric
 
 ORDERS = ('yx', 'xy')
 

@@ -5,11 +5,11 @@ from typing import Any, Dict, List
 import torch
 from torch import Tensor
 
-from ..checks import check_flag, check_integer, check_positive
-from ..encoding import RotaryEncoding
-from ..frequencies import geometric
-from ..rotation import PairRotation
-from ..scaling import RULES
+from .._checks import check_flag, check_integer, check_positive
+from ..positions.scaling import RULES
+from ..rotations.formulas import PairRotation
+from ._base import RotaryEncoding
+from ._frequencies import geometric
 
 
 class Spiral(RotaryEncoding, name='spiral'):

@@ -2,10 +2,10 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_group
-from ..encoding import RotaryEncoding
-from ..frequencies import axial
-from ..rotation import PairRotation
+from .._checks import check_group
+from ..rotations.formulas import PairRotation
+from ._base import RotaryEncoding
+from ._frequencies import axial
 
 
 class Uniform(RotaryEncoding, name='uniform'):

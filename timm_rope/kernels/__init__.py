@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from ..precision import recording, without_autocast
-from ..rotation import BlockRotation, PairRotation, Rotation, TripletRotation
+from .._precision import recording, without_autocast
+from ..rotations.formulas import BlockRotation, PairRotation, Rotation, TripletRotation
 
 VARIABLE = 'TIMM_ROPE_KERNEL'
 ROUTES = ('auto', 'formula', 'inplace', 'triton')
-MODULES = {'inplace': '.inplace', 'triton': '.triton_kernels'}
+MODULES = {'inplace': '.cpu.inplace', 'triton': '.triton.kernels'}
 
 
 def few_rows(qkv: Tensor, payload: Tensor, rotation: Rotation) -> bool:

@@ -1,9 +1,9 @@
 """What the modules of models share: the cfg of ImageNet weights, and entry points that are real functions."""
 import sys
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import register_model
+from timm.models import list_models, model_entrypoint, register_model
 
 NAVER = dict(
     origin_url='https://github.com/naver-ai/rope-vit',
@@ -49,3 +49,8 @@ def register(module: str, name: str, create: Callable[..., Any], model_class: st
         f'    **kwargs: Arguments of {model_class}, of timm.create_model and `out_indices`;\n'
         f'        `rope_warm_start=True` takes over everything but the rotation from weights of another encoding.')
     setattr(sys.modules[module], name, register_model(entrypoint))
+
+
+def model_names() -> List[str]:
+    """Names of our models that timm knows, in its order."""
+    return [name for name in list_models() if model_entrypoint(name).__module__.startswith('timm_rope.')]

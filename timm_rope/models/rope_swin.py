@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Dict, List
 
 from timm.models import generate_default_cfgs
 
-from ..encoding import ENCODINGS
+from ..encodings._base import ENCODINGS
 from .entrypoints import NAVER, imagenet_cfg, register
 
 if TYPE_CHECKING:
-    from ..swin import RopeSwinTransformer
+    from .swin import RopeSwinTransformer
 
 __all__: List[str] = []  # register_model adds each entry point
 
@@ -51,9 +51,9 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(name: str, pretrained: bool = False, **kwargs: Any) -> 'RopeSwinTransformer':
-    from ..pretrained import build
-    from ..swin import RopeSwinTransformer
-    from ..swin_checkpoints import fit
+    from ..weights.fit_swin import fit
+    from ..weights.pretrained import build
+    from .swin import RopeSwinTransformer
 
     depths = kwargs.get('depths')
     stages = len(depths) if isinstance(depths, (tuple, list)) else len(MODEL_ARGS[name]['depths'])

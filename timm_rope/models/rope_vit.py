@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Dict, List
 
 from timm.models import generate_default_cfgs
 
-from ..encoding import ENCODINGS
 from ..encodings import list_ropes
+from ..encodings._base import ENCODINGS
 from .entrypoints import NAVER, imagenet_cfg, register
 
 if TYPE_CHECKING:
-    from ..vit import RopeVisionTransformer
+    from .vit import RopeVisionTransformer
 
 __all__: List[str] = []  # register_model adds each entry point
 
@@ -80,9 +80,9 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(name: str, pretrained: bool = False, **kwargs: Any) -> 'RopeVisionTransformer':
-    from ..checkpoints import fit
-    from ..pretrained import build
-    from ..vit import RopeVisionTransformer
+    from ..weights.fit_vit import fit
+    from ..weights.pretrained import build
+    from .vit import RopeVisionTransformer
 
     feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
     return build(RopeVisionTransformer, fit, name, MODEL_ARGS[name], feature_cfg, pretrained, **kwargs)

@@ -1,0 +1,49 @@
+"""Graphs for other runtimes: ONNX by both exporters, checked against torch by onnxruntime; TorchScript; FX."""
+import warnings
+
+import pytest
+import torch
+from tiny import make
+
+CASES = [('vit_tiny_rope_mixed_ape', {}), ('vit_tiny_rope_axial', {}), ('vit_tiny_rope_spherical_learned', {}),
+         ('vit_tiny_rope_liere', {'rope_block': 3}), ('vit_tiny_rope_liere', {})]
+
+
+@pytest.mark.parametrize('name,options,dynamo', [
+    *[(name, options, False) for name, options in CASES], ('vit_tiny_rope_liere', {}, True)])
+@pytest.mark.filterwarnings('ignore')
+def test_onnx(name, options, dynamo, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed (extra dev)')
+    pytest.importorskip('onnxscript', reason='onnxscript is not installed (extra dev)')
+    model = make(name, depth=2, exportable=True, **options)
+    x = torch.randn(2, 3, 32, 32)
+    model(x)  # a payload in the cache must not be frozen into the graph in another form
+    torch.onnx.export(model, (x,), str(tmp_path / 'model.onnx'), dynamo=dynamo, input_names=['x'])
+    session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'))
+    y = torch.randn(2, 3, 32, 32)
+    assert abs(session.run(None, {'x': y.numpy()})[0] - model(y).detach().numpy()).max() < 2e-5
+
+
+@pytest.mark.parametrize('name,options', CASES)
+def test_torchscript_and_fx_take_any_size(name, options, tmp_path):
+    model = make(name, depth=2, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        scripted = torch.jit.script(model)
+        scripted.save(str(tmp_path / 'model.pt'))
+        scripted = torch.jit.load(str(tmp_path / 'model.pt'))
+    traced = torch.fx.symbolic_trace(model)
+    for size in ((32, 32), (16, 48)):
+        x = torch.randn(1, 3, *size)
+        assert torch.allclose(scripted(x), model(x), atol=1e-6)
+        assert torch.allclose(traced(x), model(x), atol=1e-6)
+
+
+def test_taylor_series_of_the_export_is_the_exponential():
+    from timm_rope.rotations.exponential import _exp_taylor
+    from timm_rope.rotations.grid_exponentials import skew
+    torch.manual_seed(0)
+    for size, norm in ((8, 1.), (8, 100.), (64, 800.)):
+        matrix = skew(torch.randn(5, size * (size - 1) // 2, dtype=torch.float64), size)
+        matrix = matrix * (norm / torch.linalg.matrix_norm(matrix, 2))[:, None, None]
+        assert (_exp_taylor(matrix) - torch.linalg.matrix_exp(matrix)).abs().max() < 1e-8

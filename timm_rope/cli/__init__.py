@@ -1,0 +1,1 @@
+"""`python -m timm_rope COMMAND`: one module or package for each command, which none of the others imports."""

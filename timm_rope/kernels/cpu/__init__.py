@@ -1,0 +1,1 @@
+"""Turning in place on a CPU, by operations of torch."""

@@ -1,0 +1,1 @@
+"""Turning in place on a GPU, by kernels written in Triton."""

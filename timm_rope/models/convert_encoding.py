@@ -1,0 +1,242 @@
+"""Exact changes of encoding: some encodings are special cases of others, with the same function of every image.
+
+    uniform, axial -> axial_learned -> mixed -> liere,   spiral -> mixed,   spherical -> spherical_learned
+
+Only the encoding changes, no other weight: channel pairs stay where they are. Prefix tokens do not turn, so the origin
+of the coordinates is part of the function, even where the score of two patches does not see it.
+"""
+import copy
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..encodings import create_rope, list_ropes
+from ..encodings._base import ENCODINGS, USAGE, RotaryEncoding
+from ..encodings._saved import encoding_prefix, read_encoding
+from ..rotations.formulas import Rotation
+
+SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'custom_load')
+
+
+def convert_encoding(source: Any, name: str, *, num_heads: Optional[int] = None, **options: Any) -> Any:
+    """Express a rotary encoding as a more general one with the same function.
+
+    Queries and keys turn by the same angles on every grid, so logits agree to rounding. The frequencies become
+    parameters: in the converted model they learn, an optimizer has to be made anew.
+
+    Args:
+        source: Model with a rotary encoding, the state dict of a ViT, or an encoding alone (`create_rope`). Not
+            changed.
+        name: Encoding to change to, a learned one of `list_ropes()`.
+        num_heads: Attention heads; only for state dicts, which do not tell them where all heads share frequencies.
+        **options: Options of the target, with or without the prefix `rope_`. Default: those of the source where both
+            encodings know them, else the target's own.
+
+    Returns:
+        What `source` is, with the other encoding: a copy of the model on its device and in its mode, which
+        `timm.models.save_for_hf` saves under the name of its new architecture and without the source's weights as its
+        origin; a new dict that shares all other tensors; or an encoding. Learned frequencies stay frozen where they
+        were; fixed ones become trainable.
+
+    Raises:
+        ValueError: The target has no frequencies with this function, says why and which encodings have; a state dict
+            without the signature of its encoding; tensors on the meta device; an option out of range.
+        TypeError: `source` is something else, as a wrapped, compiled or scripted model, or an option is unknown.
+    """
+    if isinstance(source, dict):
+        return _convert_state_dict(source, name, num_heads, options)
+    ropes = [source] if isinstance(source, RotaryEncoding) else _ropes_of(source)
+    if num_heads not in (None, ropes[0].num_heads):
+        raise ValueError(f'num_heads is {ropes[0].num_heads} in this model, got {num_heads!r}; it need not be given.')
+    targets = {id(rope): _convert_rope(rope, name, options) for rope in ropes}
+    target = targets[id(ropes[0])]
+    if ropes[0] is source:
+        return target
+    with torch.inference_mode(False):
+        # the memo puts the targets wherever the copy would refer to an encoding
+        model = copy.deepcopy(source, {**targets})
+    for module in model.modules():
+        if isinstance(dict(module.named_children()).get('rotation'), Rotation) and module not in targets.values():
+            module.rotation = target.rotation
+    _record(model, target)
+    return model
+
+
+def _ropes_of(model: Any) -> List[RotaryEncoding]:
+    """The encoding of a ViT, or those of all blocks of a Swin."""
+    children = dict(model.named_children()) if isinstance(model, nn.Module) else {}
+    modules = model.modules() if _is_swin(model) else [children.get('rope')]
+    ropes = [module for module in modules if isinstance(module, RotaryEncoding)]
+    if not ropes:
+        if isinstance(model, nn.Module) and getattr(model, 'rope', model) is None:
+            raise ValueError('The model has no rotary encoding (rope_encoding="none"), so there is none to convert.')
+        inner = ' or '.join(f'its .{key}' for key in ('module', '_orig_mod', 'model') if key in children)
+        raise TypeError(
+            f'source must be a plain model with a rotary encoding, a state dict or a RotaryEncoding, got '
+            f'{type(model).__name__}' + (f': pass {inner}.' if inner else '.'))
+    if any(hasattr(parameter, 'device_mesh') for parameter in model.parameters()):
+        raise TypeError('The parameters of the model are sharded: convert before fully_shard.')
+    return ropes
+
+
+def _is_swin(model: Any) -> bool:
+    from .swin import RopeSwinTransformer
+
+    return isinstance(model, RopeSwinTransformer)
+
+
+# -- encodings
+
+def _convert_rope(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> RotaryEncoding:
+    if source.freqs.is_meta:
+        raise ValueError('The model is on the meta device, where frequencies have no values: load its weights first.')
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            target = _create(source, name, options)
+            freqs = _freqs(source, target)
+        except _NoExactForm as error:
+            possible = ', '.join(map(repr, _possible(source))) or 'none'
+            raise ValueError(
+                f'No exact way from {source.name!r} to {name!r}: {error}. '
+                f'Exact for these frequencies, with default options: {possible}.') from None
+        target.freqs.copy_(freqs)
+        target = target.to(source.freqs.device)
+    if source.learned:
+        target.freqs.requires_grad_(source.freqs.requires_grad)
+    return target.train(source.training)
+
+
+class _NoExactForm(ValueError):
+    """Its message is a reason, without a full stop."""
+
+
+def _create(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> RotaryEncoding:
+    """The target on the CPU, with frequencies still to be filled in."""
+    given = {key.removeprefix('rope_') for key in options}
+    if 'reference_grid' in given:
+        raise ValueError('reference_grid belongs to the weights and is carried over; it cannot be given.')
+    carried: Dict[str, Any] = {}
+    if name in ENCODINGS:
+        cls = ENCODINGS[name]
+        if not cls.learned:
+            raise _NoExactForm('its frequencies are fixed')
+        carried = {k: v for k, v in source.options.items() if k in cls.option_defaults() and k not in given}
+        carried.update({k: v for k, v in source.usage.items() if k not in given})
+    with torch.random.fork_rng(devices=[]):  # the initial frequencies are not used
+        return create_rope(
+            name, source.head_dim, source.num_heads, source.depth, tuple(source.reference_grid.tolist()),
+            'cpu', source.freqs.dtype, **carried, **options)
+
+
+def _freqs(source: RotaryEncoding, target: RotaryEncoding) -> Tensor:
+    """Value of the target's `freqs` that gives the function of the source."""
+    scale = _scale(source, target)
+    try:
+        if _form(source.rotation) == _form(target.rotation):
+            return target.freqs_for(_shared(source.frequencies().cpu() * scale, target))
+        return target.freqs_for_wave_vectors(_shared(source.wave_vectors().cpu() * scale, target))
+    except _NoExactForm:
+        raise
+    except ValueError as error:
+        raise _NoExactForm(error) from None
+
+
+def _form(rotation: Rotation) -> Any:
+    """What two rotations share that make the same of the same frequencies."""
+    return type(rotation), {k: v for k, v in vars(rotation).items() if k[0] != '_' and k != 'training'}
+
+
+def _scale(source: RotaryEncoding, target: RotaryEncoding) -> float:
+    """The source's coordinates in units of the target's."""
+    if source.coords != target.coords:
+        raise _NoExactForm(
+            f'coordinates {source.coords!r} and {target.coords!r} differ in origin or step, and prefix tokens, which '
+            f'do not turn, see the origin')
+    if source.coords == 'index':
+        return 1.
+    if source.centered != target.centered:
+        places = ['the middle' if rope.centered else 'the corner' for rope in (source, target)]
+        raise _NoExactForm(
+            f'the coordinates {source.coords!r} have their origin in {places[0]} of the image here and in {places[1]} '
+            f'there, and prefix tokens, which do not turn, see the origin')
+    return source.span / target.span
+
+
+def _shared(values: Tensor, target: RotaryEncoding) -> Tensor:
+    """Values (2, L or 1, H or 1, ...) for as many layers and heads as the target keeps."""
+    for axis, option, count in ((1, 'share_layers', target.depth), (2, 'share_heads', target.num_heads)):
+        if not target.options[option]:
+            values = values.expand(*(count if i == axis else -1 for i in range(values.ndim)))
+        else:
+            first = values.narrow(axis, 0, 1)
+            spread = (values - first).abs().max().item()
+            if spread:
+                raise _NoExactForm(f'{option}=True needs equal frequencies, these differ by up to {spread:.3g}')
+            values = first
+    return values
+
+
+def _possible(source: RotaryEncoding) -> List[str]:
+    names = []
+    for name in list_ropes():
+        try:
+            _freqs(source, _create(source, name, {}))
+        except ValueError:
+            continue
+        if name != source.name:
+            names.append(name)
+    return names
+
+
+# -- models
+
+def _record(model: nn.Module, target: RotaryEncoding) -> None:
+    """Make timm save the model as what it is now, and no longer as the weights that were published."""
+    cfg: Any = getattr(model, 'pretrained_cfg', None)
+    if not cfg:
+        return  # made by the constructor: timm cannot save it either
+    from . import rope_swin, rope_vit
+    from .swin import DEFAULTS
+
+    swin = _is_swin(model)
+    models = rope_swin.MODEL_ARGS if swin else rope_vit.MODEL_ARGS
+    args = {k: v for k, v in getattr(model, '_model_args', {}).items()
+            if not k.startswith('rope_') or k == 'rope_reference_grid'}
+    name = _twin(cfg.get('architecture'), target.name, models)
+    if name is None:
+        name, args['rope_encoding'] = cfg.get('architecture'), target.name
+    defaults = {**target.option_defaults(), **(DEFAULTS.get(target.name, {}) if swin else {})}
+    preset = {**{f'rope_{k}': v for k, v in defaults.items()}, **models.get(name, {})}
+    args.update({f'rope_{k}': v for k, v in target.options.items() if preset[f'rope_{k}'] != v})
+    args.update({f'rope_{k}': v for k, v in target.usage.items() if v != USAGE[k]})
+    cfg = {**{k: v for k, v in cfg.items() if k not in SOURCES}, 'architecture': name}
+    for key, value in dict(pretrained_cfg=cfg, default_cfg=cfg, pretrained_model_args={}, _model_args=args).items():
+        setattr(model, key, value)
+
+
+def _twin(architecture: Any, encoding: str, models: Dict[str, Dict[str, Any]]) -> Optional[str]:
+    """The registered model that differs from `architecture` in its encoding alone."""
+    def others(args: Dict[str, Any]) -> Dict[str, Any]:
+        return {k: v for k, v in args.items() if not k.startswith('rope_')}
+
+    if architecture not in models:
+        return None
+    wanted = others(models[architecture])
+    twins = (n for n, args in models.items() if args['rope_encoding'] == encoding and others(args) == wanted)
+    return next(twins, None)
+
+
+# -- state dicts
+
+def _convert_state_dict(
+        state_dict: Dict[str, Any], name: str, num_heads: Optional[int], options: Dict[str, Any]) -> Dict[str, Any]:
+    prefix = encoding_prefix(state_dict)
+    target = _convert_rope(read_encoding(state_dict, prefix, num_heads), name, options)
+    device = state_dict[f'{prefix}signature'].device
+    tensors = {f'{prefix}{k}': v.detach().to(device) for k, v in target.state_dict().items()}
+    out = copy.copy(state_dict)  # keeps torch's `_metadata`
+    out.clear()
+    for key, value in state_dict.items():
+        out.update(tensors if key.startswith(prefix) else {key: value})
+    return out

@@ -1,0 +1,68 @@
+"""Patch embedding for images of any size."""
+from typing import Any, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from torch import Tensor
+
+from .._checks import check_integer
+
+
+class GridPatchEmbed(PatchEmbed):
+    """timm's `PatchEmbed` whose size check is a ValueError.
+
+    timm's own check formats the size into the message of every call, which makes torch.compile specialise on it and
+    compile anew for each size.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2], x.shape[-1]
+        patch_h, patch_w = self.patch_size[0], self.patch_size[1]
+        if self.strict_img_size:
+            check_exact_size(height, width, self.img_size[0], self.img_size[1])
+        elif not self.dynamic_img_pad:
+            check_multiple(height, width, patch_h, patch_w)
+        if self.dynamic_img_pad:
+            x = F.pad(x, [0, (patch_w - width % patch_w) % patch_w, 0, (patch_h - height % patch_h) % patch_h])
+        x = self.proj(x)
+        if self.flatten:
+            x = x.flatten(2).transpose(1, 2)
+        else:
+            x = x.permute(0, 2, 3, 1)  # NHWC is the only unflattened format a ViT asks for
+        return self.norm(x)
+
+
+@torch.fx.wrap
+def check_exact_size(height: int, width: int, expected_height: int, expected_width: int) -> None:
+    if height != expected_height or width != expected_width:
+        raise ValueError(
+            f'Image of {height}x{width} does not match the model, built with dynamic_img_size=False for '
+            f'{expected_height}x{expected_width}: use that size, set_input_size() or dynamic_img_size=True.')
+
+
+@torch.fx.wrap
+def check_multiple(height: int, width: int, patch_height: int, patch_width: int) -> None:
+    if height < 1 or width < 1 or height % patch_height != 0 or width % patch_width != 0:
+        raise ValueError(
+            f'Image of {height}x{width} must be a positive multiple of the patch {patch_height}x{patch_width}: '
+            f'resize it, or create the model with dynamic_img_pad=True to have it padded.')
+
+
+def to_size(value: Any, name: str) -> Tuple[int, int]:
+    """Validate an int or (height, width) of positive integers."""
+    items = list(value) if isinstance(value, (tuple, list, torch.Size)) else [value, value]
+    if len(items) != 2:
+        raise ValueError(f'{name} must be an integer or (height, width), got {value!r}.')
+    return check_integer(items[0], name), check_integer(items[1], name)
+
+
+def to_image_size(img_size: Any, patch_size: Tuple[int, int], pad: bool) -> Tuple[int, int]:
+    """Validate a nominal image size; with `pad` it is raised to the next multiple of the patch."""
+    size = to_size(img_size, 'img_size')
+    padded = (-(-size[0] // patch_size[0]) * patch_size[0], -(-size[1] // patch_size[1]) * patch_size[1])
+    if size != padded and not pad:
+        raise ValueError(
+            f'img_size must be a multiple of the patch {patch_size[0]}x{patch_size[1]} (or set dynamic_img_pad=True), '
+            f'got {size[0]}x{size[1]}.')
+    return padded

@@ -1,0 +1,377 @@
+"""Vision Transformer with any rotary encoding, for images of any size.
+
+    image -> patch embedding -> tokens (B, N, C) and their grid (rows, columns)
+    rope:    grid -> one payload per block
+    block i: tokens, payload i -> tokens
+
+Everything flows in that one direction as explicit arguments, so that patch dropout, gradient checkpointing and grids
+that change from batch to batch need no special case.
+"""
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
+
+import torch
+from timm.layers import PatchDropoutWithIndices, resample_abs_pos_embed, trunc_normal_
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.jit import Final
+
+from .._checks import check_choice, check_integer
+from ..encodings import create_rope
+from ..encodings._base import RotaryEncoding, keep_tokens
+from ..weights.fit_vit import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
+from ..weights.fit_vit import prepare_state_dict, to_our_keys
+from ..weights.load_hooks import Checkpointed
+from .attention import RopeBlock
+from .norms import get_norm
+from .patch_embed import GridPatchEmbed, to_image_size, to_size
+
+torch.fx.wrap('keep_tokens')
+torch.fx.wrap('resample_abs_pos_embed')
+
+WEIGHT_INITS = ('', 'jax', 'jax_nlhb', 'moco', 'reset', 'skip', 'naver')
+
+
+class RopeVisionTransformer(Checkpointed, VisionTransformer):
+    """timm's VisionTransformer with a rotary position encoding.
+
+    The encoding is the child `rope`, created from `rope_encoding` and every argument that starts with `rope_`; its
+    options are listed by `python -m timm_rope encodings --options`. Images of any multiple of the patch are taken
+    without a flag; `dynamic_img_pad=True` takes any size, `dynamic_img_size=False` only the one it was built for.
+
+    Args:
+        img_size: Nominal image size; its grid is the reference grid of a model trained from scratch.
+        patch_size: Patch size.
+        embed_dim: Width.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        rope_encoding: Name of a rotary encoding (`timm_rope.list_ropes()`), or 'none'.
+        pos_embed: 'learn' adds a learned absolute position embedding (APE), 'none' does not.
+        no_embed_class: Whether prefix tokens have no absolute position embedding.
+        dynamic_img_size: Take images of any size.
+        dynamic_img_pad: Pad images to a multiple of the patch, at the right and the bottom.
+        patch_drop_rate: Share of the patches dropped in training; the kept ones keep their positions.
+        drop_path_rate: Stochastic depth of the last block.
+        drop_path_uniform: Give every block the full rate, as DeiT-III and NAVER's RoPE-ViT, instead of timm's ramp.
+        norm_layer: 'spiral_rms' (the norm of Spiral RoPE's published weights), or a name or class for timm; None is
+            timm's LayerNorm.
+        norm_eps: Epsilon of all these norms; None keeps theirs (timm's LayerNorm: 1e-6).
+        weight_init: timm's schemes, or 'naver': truncated normal of 0.02 for the class token too.
+        device: Device of all tensors.
+        dtype: Dtype of all tensors but the encoding's, which stay float32 or float64.
+        **kwargs: Options of the encoding with the prefix `rope_` (`rope_reference_grid` overrides the grid of
+            `img_size`; `rope_scaling` and `rope_log_n` say what happens on larger grids, `rope_shift`, `rope_jitter`
+            and `rope_rescale` augment coordinates in training), and all other arguments of timm's VisionTransformer.
+
+    Raises:
+        ValueError: A size or option that cannot work; names the argument and what would be right.
+        TypeError: An argument that neither timm nor any encoding knows.
+    """
+    drop_patches: Final[bool]
+    pos_embed_grid: Tensor
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            patch_size: Union[int, Tuple[int, int]] = 16,
+            embed_dim: int = 768,
+            depth: int = 12,
+            num_heads: int = 12,
+            rope_encoding: str = 'axial',
+            pos_embed: str = 'none',
+            no_embed_class: bool = True,
+            dynamic_img_size: bool = True,
+            dynamic_img_pad: bool = False,
+            patch_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            drop_path_uniform: bool = False,
+            norm_layer: Any = None,
+            norm_eps: Optional[float] = None,
+            weight_init: str = '',
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ) -> None:
+        for name in ('block_fn', 'attn_layer'):
+            if name in kwargs:
+                raise TypeError(f'{name} is set by RopeVisionTransformer and cannot be given.')
+        check_choice(weight_init, WEIGHT_INITS, 'weight_init')
+        check_choice(pos_embed, ('learn', 'none', ''), 'pos_embed')
+        norm_layer = get_norm(norm_layer, norm_eps)
+        check_integer(depth, 'depth')
+        if check_integer(embed_dim, 'embed_dim') % check_integer(num_heads, 'num_heads'):
+            raise ValueError(f'embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}.')
+        patch = to_size(patch_size, 'patch_size')
+        img_size = to_image_size(img_size, patch, dynamic_img_pad)
+        options = {k: kwargs.pop(k) for k in list(kwargs) if k.startswith('rope_')}
+        rope: Optional[RotaryEncoding] = None
+        if rope_encoding != 'none':
+            options.setdefault('rope_reference_grid', (img_size[0] // patch[0], img_size[1] // patch[1]))
+            rope = create_rope(
+                rope_encoding, embed_dim // num_heads, num_heads, depth,
+                options.pop('rope_reference_grid'), device, dtype, **options)
+        elif options:
+            raise ValueError(f'{", ".join(options)} need a rope_encoding, got rope_encoding={rope_encoding!r}.')
+
+        def block(**block_kwargs: Any) -> RopeBlock:
+            if drop_path_uniform:
+                block_kwargs['drop_path'] = drop_path_rate
+            return RopeBlock(rotation=None if rope is None else rope.rotation, **block_kwargs)
+
+        kwargs.setdefault('embed_layer', GridPatchEmbed)
+        super().__init__(
+            img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
+            pos_embed=pos_embed, no_embed_class=no_embed_class, dynamic_img_size=dynamic_img_size,
+            dynamic_img_pad=dynamic_img_pad, drop_path_rate=drop_path_rate, norm_layer=norm_layer, weight_init='skip',
+            device=device, dtype=dtype, block_fn=block, **kwargs)  # type: ignore[arg-type]  # timm only calls block_fn
+
+        self.drop_patches = patch_drop_rate > 0
+        if self.drop_patches:
+            self.patch_drop = PatchDropoutWithIndices(  # type: ignore[assignment]
+                patch_drop_rate, num_prefix_tokens=self.num_prefix_tokens)
+        if self.pos_embed is not None:
+            # tells 4x16 from 8x8 when the embedding is resized to another model's grid
+            self.register_buffer('pos_embed_grid', torch.empty(2, device=device, dtype=torch.int64))
+            self._record_pos_embed_grid()
+        self.rope = rope
+        for name in list(self._modules)[list(self._modules).index('blocks'):]:
+            # rope before blocks and the head last: timm drops the last two parameters as "the head"
+            if name != 'rope':
+                self._modules[name] = self._modules.pop(name)
+        self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init  # type: ignore[assignment]
+        if weight_init != 'skip':
+            self.init_weights(needs_reset=False)
+
+    # -- initialisation, training
+
+    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
+        """Initialise all weights; `mode` is one of timm's schemes or 'naver' (default: the one of the constructor)."""
+        mode = mode or self.weight_init_mode
+        if mode != 'naver':
+            super().init_weights(mode, needs_reset)
+        else:
+            kept, self.weight_init_mode = self.weight_init_mode, ''
+            super().init_weights('', needs_reset)
+            self.weight_init_mode = kept
+            for token in (self.cls_token, self.reg_token):
+                if token is not None:
+                    trunc_normal_(token, std=.02)
+        if needs_reset and self.pos_embed is not None:
+            self._record_pos_embed_grid()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters without weight decay."""
+        rope = self.rope.no_weight_decay() if self.rope is not None else set()
+        return VisionTransformer.no_weight_decay(self) | {f'rope.{name}' for name in rope}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Parameter groups for layer-wise lr decay. Frequencies of all blocks are one tensor and go with the stem."""
+        groups = VisionTransformer.group_matcher(self, coarse)  # super() refuses a scripted model
+        return {**groups, 'stem': f'{groups["stem"]}|rope'}
+
+    # -- size
+
+    @torch.jit.ignore
+    def set_input_size(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+            rope_scaling: Optional[str] = None,
+    ) -> None:
+        """Change the nominal image or patch size. The reference grid stays: it belongs to the weights.
+
+        Args:
+            img_size: New nominal size; None keeps the current one.
+            patch_size: New patch size, to which the patch embedding is resampled; None keeps the current one.
+            rope_scaling: New rule for grids larger than the reference grid; None keeps the current one.
+        """
+        if rope_scaling is not None:
+            self._rope_to_scale().check_scaling(rope_scaling)
+        patch = to_size(self.patch_embed.patch_size if patch_size is None else patch_size, 'patch_size')
+        img_size = to_image_size(
+            self.patch_embed.img_size if img_size is None else img_size, patch, self.patch_embed.dynamic_img_pad)
+        old_grid, pos_embed = self.patch_embed.grid_size, self.pos_embed
+        self.pos_embed = None  # timm would resize it with antialias
+        try:
+            super().set_input_size(img_size, patch_size if patch_size is None else patch)
+        finally:
+            self.pos_embed = pos_embed
+        if pos_embed is not None and old_grid != self.patch_embed.grid_size:
+            resized = self._resize_pos_embed(pos_embed.detach(), old_grid, self.patch_embed.grid_size)
+            self.pos_embed = nn.Parameter(resized, requires_grad=pos_embed.requires_grad)
+            self._record_pos_embed_grid()
+        if rope_scaling is not None:
+            self.set_rope_scaling(rope_scaling)
+
+    @torch.jit.ignore
+    def set_rope_scaling(self, scaling: str, log_n: Optional[bool] = None) -> None:
+        """Change what happens on grids larger than the reference grid, see `scaling.py`. No weight changes.
+
+        Args:
+            scaling: 'extrapolate', 'interpolate', 'ntk' or 'yarn'.
+            log_n: Whether attention scores are multiplied by ln(n) / ln(n_ref) on more tokens; None keeps it.
+
+        Raises:
+            ValueError: No encoding, or a rule that there is not or that has no meaning for it. Nothing is changed.
+        """
+        self._rope_to_scale().set_scaling(scaling, log_n)
+
+    @torch.jit.ignore
+    def _rope_to_scale(self) -> RotaryEncoding:
+        if self.rope is None:
+            raise ValueError("rope_scaling needs a rotary encoding, this model has rope_encoding='none'.")
+        return self.rope
+
+    def _record_pos_embed_grid(self) -> None:
+        self.pos_embed_grid.copy_(torch.tensor(self.patch_embed.grid_size, device=self.pos_embed_grid.device))
+
+    def _resize_pos_embed(self, pos_embed: Tensor, old_grid: Tuple[int, int], new_grid: Tuple[int, int]) -> Tensor:
+        # bicubic without antialias as the original; with it RoPE-ViT's logits move by up to 8e-2
+        return resample_abs_pos_embed(
+            pos_embed,
+            new_size=list(new_grid),
+            old_size=list(old_grid),
+            num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
+            antialias=False,
+        )
+
+    # -- forward
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Patch embedding output (B, rows, columns, C) or (B, N, C) -> tokens with prefix tokens and, if any, APE."""
+        pos_embed: Optional[Tensor] = self.pos_embed
+        if self.dynamic_img_size:
+            if pos_embed is not None:
+                pos_embed = self._resize_pos_embed(
+                    pos_embed, self.patch_embed.grid_size, (x.shape[1], x.shape[2]))
+            x = x.flatten(1, 2)
+        if self.no_embed_class and pos_embed is not None:
+            x = x + pos_embed
+        tokens = []
+        if self.cls_token is not None:
+            tokens.append(self.cls_token.expand(x.shape[0], -1, -1))
+        if self.reg_token is not None:
+            tokens.append(self.reg_token.expand(x.shape[0], -1, -1))
+        tokens.append(x)
+        x = torch.cat(tokens, dim=1)
+        if not self.no_embed_class and pos_embed is not None:
+            x = x + pos_embed
+        return self.pos_drop(x)
+
+    def _embed(self, x: Tensor) -> Tuple[Tensor, List[Tensor], Optional[Tensor]]:
+        """Image -> tokens (B, prefix + N, C), one payload per block, none without an encoding, and a score scale."""
+        x = self.patch_embed(x)
+        payloads: List[Tensor] = []
+        if self.rope is not None:
+            if self.dynamic_img_size:
+                payloads = self.rope((x.shape[1], x.shape[2]), self.num_prefix_tokens)
+            else:
+                payloads = self.rope(self.patch_embed.grid_size, self.num_prefix_tokens)
+        x = self._pos_embed(x)
+        if self.drop_patches:
+            x, keep_indices = self.patch_drop(x)
+            if keep_indices is not None and self.rope is not None:
+                payloads = [keep_tokens(payloads[i], keep_indices, self.num_prefix_tokens)
+                            for i in range(len(self.blocks))]
+        score_scale: Optional[Tensor] = None
+        if self.rope is not None:
+            if self.rope.log_n:
+                score_scale = self.rope.score_scale(x.shape[1], self.num_prefix_tokens)
+        return self.norm_pre(x), payloads, score_scale
+
+    def forward_features(
+            self,
+            x: Tensor,
+            attn_mask: Optional[Tensor] = None,
+            is_causal: bool = False,
+    ) -> Tensor:
+        """Image (B, C, H, W) -> normalised tokens (B, prefix + N, C)."""
+        x, payloads, score_scale = self._embed(x)
+        for i, block in enumerate(self.blocks):
+            payload: Optional[Tensor] = None
+            if self.rope is not None:
+                payload = payloads[i]
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                # positional, since reentrant checkpointing refuses keyword tensors
+                x = checkpoint(block, x, attn_mask, is_causal, payload, score_scale)
+            else:
+                x = block(x, attn_mask, is_causal, payload, score_scale)
+        return self.norm(x)
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+            output_dict: bool = False,
+            attn_mask: Optional[Tensor] = None,
+            is_causal: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]], Dict[str, Any]]:
+        """Features of intermediate blocks, with the arguments and results of timm's VisionTransformer."""
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(f'output_fmt must be NCHW or NLC, got {output_fmt}.')
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        batch, height, width = x.shape[0], x.shape[2], x.shape[3]
+        x, payloads, score_scale = self._embed(x)
+
+        taken: List[Tensor] = []
+        blocks = self.blocks
+        if stop_early and not torch.jit.is_scripting():
+            blocks = self.blocks[:max_index + 1]
+        for i, block in enumerate(blocks):
+            payload: Optional[Tensor] = None
+            if self.rope is not None:
+                payload = payloads[i]
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, attn_mask, is_causal, payload, score_scale)
+            else:
+                x = block(x, attn_mask, is_causal, payload, score_scale)
+            if i in take_indices:
+                taken.append(self.norm(x) if norm else x)
+
+        n = self.num_prefix_tokens
+        prefix_tokens = [y[:, :n] for y in taken]
+        taken = [y[:, n:] for y in taken]
+        if output_fmt == 'NCHW':
+            rows, columns = self.patch_embed.dynamic_feat_size((height, width))
+            taken = [y.reshape(batch, rows, columns, -1).permute(0, 3, 1, 2).contiguous() for y in taken]
+
+        if output_dict:
+            result: Dict[str, Any] = {'image_intermediates': taken}
+            if n and return_prefix_tokens:
+                result['image_intermediates_prefix'] = prefix_tokens
+            if not intermediates_only:
+                result['image_features'] = self.norm(x)
+            return result
+        if not torch.jit.is_scripting() and n and return_prefix_tokens:
+            taken = list(zip(taken, prefix_tokens))  # type: ignore[arg-type]
+        if intermediates_only:
+            return taken
+        return self.norm(x), taken
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Drop the blocks after the last one in `indices`, with their frequencies; see timm."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if self.rope is not None:
+            self.rope.keep_layers(len(self.blocks))
+        return take_indices
+
+    # -- checkpoints
+
+    def _in_our_keys(self, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+        return to_our_keys(self, state_dict)
+
+    def _prepare_state_dict(self, state_dict: Dict[str, Any], prefix: str, strict: bool) -> None:
+        prepare_state_dict(self, state_dict, prefix, strict)

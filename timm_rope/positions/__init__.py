@@ -1,0 +1,1 @@
+"""Where patches are: coordinates, rules for larger grids, random coordinates in training."""

@@ -1,0 +1,85 @@
+"""Where the patches of an image are: coordinates of the rows and columns of a grid of any size.
+
+A *reference grid* is the grid the weights were trained on. It fixes the unit of the relative conventions, so a larger
+grid reaches further and the step between two patches never changes (but see 'ends', and the rules of `scaling.py`).
+"""
+import math
+from numbers import Integral
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .._precision import widest
+
+COORDS = ('index', 'cells', 'ends')
+
+
+def _axis(size: int, reference: Tensor, coords: str, span: float, centered: bool) -> Tensor:
+    index = torch.arange(size, device=reference.device).to(reference.dtype)
+    if coords == 'index':
+        return index
+    if coords == 'cells' or size == 1:
+        images = (index + 0.5) / reference
+    else:
+        images = index * (size / ((size - 1) * reference))
+    if centered:
+        images = images - 0.5 * size / reference
+    return images * span
+
+
+def grid_axes(
+        height: int,
+        width: int,
+        reference_grid: Tensor,
+        like: Tensor,
+        coords: str,
+        span: float,
+        centered: bool,
+) -> Tuple[Tensor, Tensor]:
+    """Coordinates of the rows and of the columns of a grid; a patch is at (y[row], x[column]).
+
+    * 'index': row and column number from 0; independent of the reference grid. Larger grids extrapolate.
+    * 'cells': centre of each patch, (i + 0.5) / n_ref in units of the reference image. Larger grids extrapolate with
+      an unchanged step.
+    * 'ends': evenly spaced with both ends on the border, as arXiv 2511.08368 (section 4) and LieRE (arXiv 2406.10322)
+      print it: from 0 to n / n_ref. The step is n / (n - 1) / n_ref, so it shrinks by 3.7 % from 14 to 28 patches.
+
+    Args:
+        height: Rows of the grid.
+        width: Columns of the grid.
+        reference_grid: Integer tensor (2,), rows and columns of the reference grid.
+        like: Tensor whose dtype the result has at least; float64 where it can be had.
+        coords: One of 'index', 'cells', 'ends'.
+        span: Length of the reference image in the returned unit (2 pi for an angle, 1 for a fraction).
+        centered: Put the origin in the middle of the image instead of its top left corner.
+
+    Returns:
+        y (height,) and x (width,).
+    """
+    reference = widest(reference_grid.to(like.dtype))
+    return (
+        _axis(height, reference[0], coords, span, centered),
+        _axis(width, reference[1], coords, span, centered),
+    )
+
+
+def reference_side(reference_grid: Tensor, like: Tensor, coords: str, span: float) -> Tensor:
+    """Length of the reference grid along x and y, (2,), in the unit of the coordinates; arguments as `grid_axes`."""
+    side = widest(reference_grid.to(like.dtype)).flip(0)
+    return side if coords == 'index' else torch.full_like(side, span)
+
+
+def square_grid(tokens: int) -> Optional[Tuple[int, int]]:
+    """The square grid of a number of patches, None if there is none."""
+    side = math.isqrt(max(tokens, 0))
+    return (side, side) if side and side * side == tokens else None
+
+
+def to_grid(value: Any, name: str) -> Tuple[int, int]:
+    """Validate (rows, columns) of a grid; `name` is the argument named in the error."""
+    items = list(value) if isinstance(value, (tuple, list, torch.Size)) else value
+    if not isinstance(items, list) or len(items) != 2 or any(
+            isinstance(i, bool) or not isinstance(i, Integral) or i < 1 for i in items):
+        raise ValueError(f'{name} must be two positive integers (rows, columns), got {value!r}.')
+    return int(items[0]), int(items[1])

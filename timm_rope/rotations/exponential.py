@@ -1,0 +1,171 @@
+"""Rotations of blocks of channels: the matrix exponential of skew-symmetric generators, for every position of a grid.
+
+Blocks of 2, 3 and 4 have closed forms. Larger ones are made all at once by `grid_exponentials.py`, in a compiled graph
+as an operator. Where a graph is recorded for another runtime, or a transform of torch.func or forward-mode AD looks on,
+a plain formula runs instead.
+"""
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+from .._precision import recording, transformed, without_autocast
+from . import grid_exponentials
+from .grid_exponentials import skew
+
+
+@torch.fx.wrap
+def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+    """exp(x A_x + y A_y) for all layers, heads, positions and blocks (LieRE, arXiv 2406.10322, eq. 3).
+
+    Computed outside autocast. While nothing learns, and on every device that has it, the work is in float64, and the
+    float32 result is within 3e-7 of the exact one for any block and grid. While float32 generators of blocks above 4
+    learn, and in compiled graphs, the matrices are squared in float32: the result is within 5e-6. The gradient of
+    float32 generators is computed in float32, to about 5e-6 of its largest entry at block 8 and 1e-5 at block 64.
+
+    Args:
+        freqs: (2, L, H, G, b (b - 1) / 2), strict upper triangles of A_x and A_y row by row, radians per coordinate.
+        y: (rows,), coordinates of the rows.
+        x: (columns,), coordinates of the columns.
+        size: b.
+
+    Returns:
+        (L, H, N, G b b) in the dtype of `freqs`, matrices row-major, N = rows * columns row-major.
+    """
+    if torch.jit.is_scripting():
+        return _plain_table(freqs, y, x, size)
+    # matrix products under autocast would build the rotations in half precision
+    with without_autocast(freqs):
+        if size > 4 and _has_values(freqs, y, x):
+            if torch.compiler.is_compiling():
+                return grid_exponentials.operator(freqs, y, x, size)
+            learning = torch.is_grad_enabled() and freqs.requires_grad
+            return _GridExponentials.apply(freqs, y, x, size, learning)
+        return _plain_table(freqs, y, x, size)
+
+
+def _plain_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+    # the error of an exponential grows with its norm, over 100 rad at 64x64 patches: 3e-5 in float32 at block 8
+    wide = freqs if freqs.device.type == 'mps' else freqs.double()
+    along_x = x.to(wide.dtype).reshape(1, -1, 1, 1) * wide[0].unsqueeze(2).unsqueeze(2)
+    along_y = y.to(wide.dtype).reshape(-1, 1, 1, 1) * wide[1].unsqueeze(2).unsqueeze(2)
+    triangle = (along_x + along_y).flatten(2, 3)  # (L, H, N, G, b (b - 1) / 2)
+    return skew_exp(triangle, size, freqs.dtype).flatten(-3)
+
+
+def _has_values(freqs: Tensor, y: Tensor, x: Tensor) -> bool:
+    """Whether these are plain tensors with values, now or when what is compiled runs, and nothing but reverse-mode
+    autograd follows them."""
+    if recording() or freqs.is_meta or y.requires_grad or x.requires_grad:
+        return False
+    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in (freqs, y, x)):  # a fake or distributed tensor
+        return False
+    return not transformed()
+
+
+class _GridExponentials(torch.autograd.Function):
+    """`grid_exponentials` in eager mode, with derivatives of any order."""
+
+    @staticmethod
+    def forward(ctx, freqs: Tensor, y: Tensor, x: Tensor, size: int, learning: bool) -> Tensor:
+        ctx.save_for_backward(freqs, y, x)
+        ctx.size, ctx.plan = size, grid_exponentials.plan(freqs, y, x, size)
+        # where it is made anew in every step, squarings in float64 would take most of the time
+        squared_in = freqs.dtype if learning or freqs.device.type == 'mps' else torch.float64
+        return grid_exponentials.forward(freqs, y, x, size, ctx.plan, squared_in)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        freqs, y, x = ctx.saved_tensors
+        with without_autocast(freqs):
+            batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # torch.autograd.grad(is_grads_batched=True)
+            further = torch.is_grad_enabled()
+            if further or batched or transformed():
+                with torch.enable_grad():
+                    out = _plain_table(freqs, y, x, ctx.size)
+                    return (*torch.autograd.grad(out, freqs, grad, create_graph=further), None, None, None, None)
+            return grid_exponentials.backward(grad, freqs, y, x, ctx.size, ctx.plan), None, None, None, None
+
+
+def skew_exp(triangle: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Matrix exponential of skew-symmetric matrices: closed forms for 2, 3 and 4, `torch.linalg.matrix_exp` beyond.
+
+    Export has no operator for it and gets a Taylor series with a fixed number of squarings.
+
+    Args:
+        triangle: (..., b (b - 1) / 2), strict upper triangle row by row.
+        size: b.
+        dtype: Of the result. Angles and their sines are computed in that of `triangle`.
+
+    Returns:
+        (..., b, b), rotation matrices.
+    """
+    if size == 2:
+        cos, sin = triangle.cos().to(dtype), triangle.sin().to(dtype)
+        return torch.cat((cos, sin, -sin, cos), dim=-1).unflatten(-1, [2, 2])
+    if size == 3:
+        return _exp3(triangle, dtype)
+    if size == 4:
+        return _exp4(triangle, dtype)
+    matrix = skew(triangle, size)
+    if not torch.jit.is_scripting():
+        if recording():
+            return _exp_taylor(matrix).to(dtype)
+    return torch.linalg.matrix_exp(matrix).to(dtype)
+
+
+def _exp_taylor(matrix: Tensor, squarings: int = 12) -> Tensor:
+    """exp(A) = exp(A / 2^s)^(2^s), degree 8 (Paterson-Stockmeyer): below 1e-8 in float64 to a norm of 800."""
+    a = matrix / 2 ** squarings
+    a2 = a @ a
+    a4 = a2 @ a2
+    eye = torch.eye(matrix.shape[-1], device=matrix.device, dtype=matrix.dtype)
+    low = eye + a + a2 / 2 + a2 @ a / 6
+    high = eye / 24 + a / 120 + a2 / 720 + a2 @ a / 5040 + a4 / 40320
+    out = low + a4 @ high
+    for _ in range(squarings):
+        out = out @ out
+    return out
+
+
+def _cos_sinc(square: Tensor) -> Tuple[Tensor, Tensor]:
+    """cos(t) and sin(t) / t for t^2 = square. The clamp keeps the root's derivative finite at t = 0."""
+    t = square.clamp_min(1e-20).sqrt()
+    return t.cos(), t.sin() / t
+
+
+def _quaternion(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """cos|v| and sin|v| / |v| v, (..., 3) -> (..., 4)."""
+    cos, sinc = _cos_sinc(v.square().sum(-1, keepdim=True))
+    return torch.cat((cos, sinc * v), dim=-1).to(dtype)
+
+
+def _products(like: Tensor) -> Tensor:
+    """(4, 4, 4, 4): products of the units of the left quaternions (axis 0) with those of the right ones (axis 1)."""
+    zero = [0., 0., 0., 0., 0., 0.]
+    left = [zero, [1., 0., 0., 0., 0., 1.], [0., 1., 0., 0., -1., 0.], [0., 0., 1., 1., 0., 0.]]
+    right = [zero, [1., 0., 0., 0., 0., -1.], [0., 1., 0., 0., 1., 0.], [0., 0., 1., -1., 0., 0.]]
+    units = skew(torch.tensor([left, right], dtype=like.dtype, device=like.device), 4)
+    units[:, 0] = torch.eye(4, dtype=like.dtype, device=like.device)
+    return units[0].unsqueeze(1) @ units[1]
+
+
+def _exp3(triangle: Tensor, dtype: torch.dtype) -> Tensor:
+    """A rotation of three channels is one of four that spares the last: its two quaternions differ in one sign."""
+    q = _quaternion(0.5 * triangle, dtype)
+    sign = torch.tensor([1., 1., 1., -1.], dtype=dtype, device=q.device)
+    products = _products(q)[..., :3, :3] * sign.reshape(4, 1, 1)
+    outer = (q.unsqueeze(-1) * q.unsqueeze(-2)).flatten(-2)
+    return (outer @ products.reshape(16, 9)).unflatten(-1, [3, 3])
+
+
+def _exp4(triangle: Tensor, dtype: torch.dtype) -> Tensor:
+    """so(4) = so(3) + so(3): A = P + M with commuting P and M, left and right multiplication by a quaternion each.
+
+    The exponential is exp(P) exp(M), so linear in the 16 products of one entry of each of two unit quaternions.
+    """
+    # (A01, A02, A03) and (A23, -A13, A12): their sum is twice the vector of P, their difference twice that of M
+    near, far = triangle[..., :3], torch.stack((triangle[..., 5], -triangle[..., 4], triangle[..., 3]), dim=-1)
+    left, right = _quaternion(0.5 * (near + far), dtype), _quaternion(0.5 * (near - far), dtype)
+    outer = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
+    return (outer @ _products(left).reshape(16, 16)).unflatten(-1, [4, 4])

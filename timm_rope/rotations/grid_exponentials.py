@@ -1,0 +1,196 @@
+"""exp(x A_x + y A_y) at every position of a grid, with its own gradient: scaling, Taylor polynomial, squaring.
+
+A = x A_x + y A_y is divided by 2^s, so that few terms of the Taylor series sum_k A^k / k! suffice. That polynomial of a
+matrix is also a polynomial in the two numbers x and y. Its coefficients, the sums of all products of i times A_x and
+k - i times A_y, are made once for a pair of generators; all positions together are then one matrix product with the
+monomials x^i y^(k-i). The result is squared s times.
+
+E = F^2 gives dE = F dF + dF F. For skew-symmetric A this map is its own adjoint up to a transpose, and those of all
+squarings commute, since every F is a function of the same A. So the backward walks the squarings in the order of the
+forward, on the transposed matrices (those at -x, -y), and keeps none of them.
+
+The operators `timm_rope::grid_exponentials` and `timm_rope::grid_exponentials_backward` are what a compiled graph
+holds: how often to square depends on the norm of the generators, which no graph knows.
+
+Shapes: L layers, H heads, G pairs of generators to a head, P = L H G, N positions, C coefficients, b size of a matrix.
+"""
+import math
+from typing import List, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._precision import without_autocast
+
+RADIUS = 2.0  # norm up to which the polynomial is used: beyond, another squaring costs less than more terms
+CHUNK = 2 ** 19  # numbers worked on at a time: stays in the cache of a CPU
+CHUNK_OF_A_GPU = 2 ** 26  # where many small launches would cost more than they save
+
+
+def skew(triangle: Tensor, size: int) -> Tensor:
+    """Skew-symmetric matrices (..., b, b) from their strict upper triangles (..., b (b - 1) / 2)."""
+    upper = torch.triu_indices(size, size, 1, device=triangle.device)
+    row, column = upper[0], upper[1]
+    index = torch.full([size, size], 2 * triangle.shape[-1], device=triangle.device, dtype=torch.long)
+    entry = torch.arange(triangle.shape[-1], device=triangle.device)
+    index[row, column] = entry
+    index[column, row] = entry + triangle.shape[-1]
+    entries = torch.cat((triangle, -triangle, torch.zeros_like(triangle[..., :1])), dim=-1)
+    return entries.index_select(-1, index.flatten()).unflatten(-1, [size, size])
+
+
+class Plan(NamedTuple):
+    """How to make the exponentials of a grid: squarings, degree of the polynomial, length that coordinates are in."""
+    squarings: int
+    degree: int
+    reach: float
+    finite: bool = True
+
+
+def plan(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Plan:
+    """The fewest squarings and terms with which the result is within half a unit of the dtype of `freqs`.
+
+    A norm is convex, so that it is largest at a corner of the grid. The eigenvalues of a skew-symmetric matrix are
+    pairs +-i t: the squared Frobenius norm of its fourth power is twice the sum of t^8.
+    """
+    a = skew(_wide(freqs), size).flatten(1, 3)
+    y, x = y.to(a.dtype), x.to(a.dtype)
+    corners = torch.cat([u * a[0] + v * a[1] for u in x.aminmax() for v in y.aminmax()])
+    largest = corners.abs().amax()
+    fourth = torch.linalg.matrix_power(corners / largest.clamp_min(torch.finfo(a.dtype).tiny), 4)
+    norm = float(largest * (fourth.square().sum((-1, -2)).amax() / 2) ** 0.125)
+    reach = float(torch.cat((y, x)).abs().amax()) or 1.0
+    if not math.isfinite(norm):
+        return Plan(0, 1, reach, False)
+    squarings = max(0, math.ceil(math.log2(max(norm, RADIUS) / RADIUS)))
+    degree, error = 1, norm / 2 ** squarings
+    while error * 2 ** squarings > torch.finfo(freqs.dtype).eps / 2:
+        degree += 1
+        error *= norm / 2 ** squarings / degree
+    return Plan(squarings, degree + 1, reach)  # one more for the derivative
+
+
+def forward(freqs: Tensor, y: Tensor, x: Tensor, size: int, plan: Plan, squared_in: torch.dtype) -> Tensor:
+    """(2, L, H, G, b (b - 1) / 2) -> (L, H, N, G b b) in the dtype of `freqs`; the squarings are in `squared_in`."""
+    layers, heads, groups = freqs.shape[1:4]
+    out = freqs.new_empty(layers * heads, len(y) * len(x), groups, size, size)
+    if not plan.finite:
+        return out.fill_(math.nan).flatten(2).unflatten(0, [layers, heads])
+    a, table = _scaled(freqs, size, plan), _monomials(y, x, plan, _wide(freqs).dtype)
+    for part in _chunks(out):
+        terms = torch.cat(_coefficients(a[:, part].flatten(1, 2), plan.degree), 1).flatten(2)
+        made = torch.matmul(table, terms).view(-1, size, size).to(squared_in)
+        for _ in range(plan.squarings):
+            made = torch.bmm(made, made)
+        out[part] = made.view(-1, groups, len(table), size, size).transpose(1, 2)
+    return out.flatten(2).unflatten(0, [layers, heads])
+
+
+def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, plan: Plan) -> Tensor:
+    """Gradient of `freqs` from that of the exponentials (L, H, N, G b b), in the dtype of `freqs`."""
+    if not plan.finite:
+        return torch.full_like(freqs, math.nan, memory_format=torch.contiguous_format)
+    groups = freqs.shape[3]
+    a = _scaled(freqs, size, plan).to(freqs.dtype)
+    table, opposite = _monomials(y, x, plan, freqs.dtype), _monomials(-y, -x, plan, freqs.dtype)
+    out, grad = torch.empty_like(a), grad.unflatten(-1, [groups, size, size]).flatten(0, 1)
+    for part in _chunks(grad):
+        generators = a[:, part].flatten(1, 2)
+        terms = _coefficients(generators, plan.degree)
+        f = torch.matmul(opposite, torch.cat(terms, 1).flatten(2)).view(-1, size, size)
+        both = torch.cat((f, grad[part].transpose(1, 2).reshape(-1, size, size)), -1)  # F F and F G are one product
+        for _ in range(plan.squarings):
+            f, g = both[..., :size], both[..., size:]
+            other = torch.bmm(g, f)
+            both = torch.bmm(f, both)
+            both[..., size:] += other
+        of_terms = torch.matmul(table.mT, both[..., size:].reshape(-1, len(table), size * size))
+        by_degree = of_terms.unflatten(-1, [size, size]).split([term.shape[1] for term in terms], 1)
+        out[:, part] = _coefficients_backward(generators, terms, list(by_degree)).unflatten(1, [-1, groups])
+    row, column = torch.triu_indices(size, size, 1, device=out.device)
+    return ((out - out.mT)[..., row, column] * (plan.reach / 2 ** plan.squarings)).contiguous().view_as(freqs)
+
+
+def _scaled(freqs: Tensor, size: int, plan: Plan) -> Tensor:
+    """(2, L H, G, b, b) in the widest dtype, for coordinates in units of `reach`."""
+    return skew(_wide(freqs), size).flatten(1, 2) * (plan.reach / 2 ** plan.squarings)
+
+
+def _wide(freqs: Tensor) -> Tensor:
+    return freqs.detach() if freqs.device.type == 'mps' else freqs.detach().double()
+
+
+def _monomials(y: Tensor, x: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """x^i y^(k-i) for k = 0 .. degree and i = 0 .. k at every position, (N, C)."""
+    power = torch.arange(plan.degree + 1, device=x.device)
+    up_x, up_y = ((axis / plan.reach).unsqueeze(-1) ** power for axis in (x, y))
+    return torch.stack([
+        up_y[:, k - i].unsqueeze(1) * up_x[:, i] for k in range(plan.degree + 1) for i in range(k + 1)
+    ], dim=-1).flatten(0, 1).to(dtype)
+
+
+def _coefficients(a: Tensor, degree: int) -> List[Tensor]:
+    """For k = 0 .. degree the sums of all products of i A_x's and k - i A_y's over k!, (P, k + 1, b, b)."""
+    out = [torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand(a.shape[1], 1, -1, -1)]
+    for k in range(1, degree + 1):
+        below = out[-1].flatten(1, 2)
+        term = a.new_zeros(a.shape[1], k + 1, *a.shape[2:])
+        term[:, 1:] = torch.bmm(below, a[0] / k).unflatten(1, [k, -1])
+        term[:, :-1] += torch.bmm(below, a[1] / k).unflatten(1, [k, -1])
+        out.append(term)
+    return out
+
+
+def _coefficients_backward(a: Tensor, terms: List[Tensor], grads: List[Tensor]) -> Tensor:
+    """Gradient (2, P, b, b) of the generators from those of the coefficients."""
+    out, grad = torch.zeros_like(a), grads[-1]
+    for k in range(len(terms) - 1, 0, -1):
+        below = terms[k - 1].flatten(1, 2)
+        by_x, by_y = grad[:, 1:].flatten(1, 2), grad[:, :-1].flatten(1, 2)
+        out[0].baddbmm_(below.mT, by_x, alpha=1 / k)
+        out[1].baddbmm_(below.mT, by_y, alpha=1 / k)
+        grad = torch.bmm(by_x, a[0] / -k).baddbmm_(by_y, a[1] / -k).view_as(grads[k - 1]) + grads[k - 1]
+    return out
+
+
+def _chunks(matrices: Tensor) -> List[slice]:
+    """Slices of heads (L H, ...) that are worked on at a time."""
+    room = CHUNK if matrices.device.type == 'cpu' else CHUNK_OF_A_GPU
+    step = max(1, room // max(1, matrices[0].numel()))
+    return [slice(i, i + step) for i in range(0, len(matrices), step)]
+
+
+@torch.library.custom_op('timm_rope::grid_exponentials', mutates_args=())
+def operator(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+    """`forward`, squared in the dtype of `freqs`: a graph makes the matrices anew whenever it runs."""
+    with without_autocast(freqs):
+        return forward(freqs, y, x, size, plan(freqs, y, x, size), freqs.dtype)
+
+
+@torch.library.custom_op('timm_rope::grid_exponentials_backward', mutates_args=())
+def operator_backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+    """`backward`, with the plan made again."""
+    with without_autocast(freqs):
+        return backward(grad, freqs, y, x, size, plan(freqs, y, x, size))
+
+
+@operator.register_fake
+def _(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+    return freqs.new_empty(*freqs.shape[1:3], y.shape[0] * x.shape[0], freqs.shape[3] * size * size)
+
+
+@operator_backward.register_fake
+def _(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+    return torch.empty_like(freqs, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx, inputs, output: Tensor) -> None:
+    freqs, y, x, ctx.size = inputs
+    ctx.save_for_backward(freqs, y, x)
+
+
+def _gradient(ctx, grad: Tensor):
+    return operator_backward(grad, *ctx.saved_tensors, ctx.size), None, None, None
+
+
+operator.register_autograd(_gradient, setup_context=_keep)

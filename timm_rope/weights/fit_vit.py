@@ -1,0 +1,172 @@
+"""What happens to weights between a checkpoint and a model: nothing wrong is loaded, and nothing loaded in part.
+
+`checkpoint_filter_fn` is timm's hook for pretrained weights, `prepare_state_dict` sees every `load_state_dict`.
+"""
+import dataclasses
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from torch import Tensor
+
+from ..positions.coordinates import square_grid, to_grid
+from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise, signature
+from .mismatches import other_encoding, refuse_mismatches, refuse_other_structure, warm_start_hint
+from .warm_start import take_over
+
+GRID = 'rope.reference_grid'
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: Any) -> Dict[str, Any]:
+    """Bring pretrained weights of any known layout (`layouts/`) into that of the model.
+
+    Raises:
+        RuntimeError: They fit no layout, or hold another encoding, width or depth; says which.
+    """
+    return fit(recognise(state_dict), model)
+
+
+def to_our_keys(model: Any, state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """The state dict itself, or converted if its keys are those of another project.
+
+    Raises:
+        RuntimeError: The weights do not fit the model, which is built already; says how to build it.
+    """
+    layout = find_layout(state_dict)
+    if layout is None or isinstance(layout, (Ours, TimmVit)):
+        return state_dict
+    weights = recognise(state_dict)
+    tensors = fit(weights, model)
+    refuse_other_structure(weights, model)
+    return tensors
+
+
+def fit(weights: Weights, model: Any, warm_start: bool = False) -> Dict[str, Tensor]:
+    """Weights as a state dict of the model, but for the head and the channels of the image, which timm adapts.
+
+    Args:
+        weights: Recognised weights.
+        model: Model of ours.
+        warm_start: Leave out the rotation where the encoding is another one, and whatever `take_over` says.
+
+    Raises:
+        RuntimeError: Another encoding, width or depth; lists the first keys that do not match.
+    """
+    tensors = dict(weights.tensors)
+    reason = _encoding_conflict(weights, tensors, model)
+    _fold_class_position(tensors, model)
+    pos_embed = tensors.pop('pos_embed', None)  # timm would resize it with antialias, from a guessed grid
+    tensors = vit_filter_fn(tensors, model, adapt_layer_scale=True)
+    if pos_embed is not None and (warm_start or model.pos_embed is not None or is_trained(pos_embed)):
+        tensors['pos_embed'] = pos_embed
+    if warm_start:
+        tensors = take_over(weights, tensors, model, rotation=not reason)
+    elif reason:
+        raise warm_start_hint(weights.layout, reason)
+    elif 'pos_embed' in tensors and model.pos_embed is None:
+        raise RuntimeError(
+            f"The checkpoint ({weights.layout}) has a trained position embedding, the model has none: use a model with "
+            f"one (pos_embed='learn', names that end in _ape), or say rope_warm_start=True to leave it out.")
+    if model.rope is not None:
+        if 'rope_share_layers' in weights.ask and model.rope.options.get('share_layers') and 'rope.freqs' in tensors:
+            tensors['rope.freqs'] = tensors['rope.freqs'][:, :1]
+        _fill_reference_grid(model, tensors, '')
+    refuse_mismatches(
+        model, tensors, '', True, lambda: _explain(model, tensors, ''),
+        adapted=('head.', 'pos_embed', 'patch_embed.proj.weight'), layout=weights.layout)
+    return tensors
+
+
+def _encoding_conflict(weights: Weights, tensors: Dict[str, Tensor], model: Any) -> str:
+    """How the encoding of weights differs from the model's, or ''; may say in `tensors` what it must be."""
+    name = 'none' if model.rope is None else model.rope.name
+    if weights.encoding is None and not any(key.startswith('rope.') for key in tensors):
+        # NAVER's axial weights and its baseline have the same keys, and no trace of their encoding
+        if name == 'axial':
+            tensors['rope.signature'] = signature('axial')
+        weights = dataclasses.replace(weights, encoding=name if name in ('none', 'axial') else 'none')
+    return other_encoding(weights, tensors, {} if model.rope is None else {'rope.': model.rope})
+
+
+def _fold_class_position(tensors: Dict[str, Tensor], model: Any) -> None:
+    """A position embedding that starts with the class token's is split where the model embeds patches only."""
+    pos_embed, cls_token = tensors.get('pos_embed'), tensors.get('cls_token')
+    if model.no_embed_class and pos_embed is not None and cls_token is not None and pos_embed.ndim == 3:
+        if not square_grid(pos_embed.shape[1]) and square_grid(pos_embed.shape[1] - 1):
+            tensors['cls_token'] = cls_token + pos_embed[:, :1]
+            tensors['pos_embed'] = pos_embed[:, 1:]
+
+
+def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, strict: bool) -> None:
+    """Check a state dict before anything is copied; fill its reference grid and resize its position embedding in place.
+
+    Args:
+        model: Model with `rope` and `pos_embed`, either may be None.
+        state_dict: Dict that torch's load_state_dict passes on; its own copy, not the caller's.
+        prefix: Of the model's keys.
+        strict: Whether keys must match exactly; shapes always must.
+
+    Raises:
+        RuntimeError: Another encoding, width or depth; lists the first keys that do not match.
+        ValueError: Non-finite frequencies, malformed grids.
+    """
+    if model.rope is not None:
+        model.rope.check_state_dict(state_dict, f'{prefix}rope.')
+        if f'{prefix}rope.freqs' in state_dict or f'{prefix}rope.signature' in state_dict:
+            _fill_reference_grid(model, state_dict, prefix)
+    _resize_pos_embed(model, state_dict, prefix)
+    refuse_mismatches(model, state_dict, prefix, strict, lambda: _explain(model, state_dict, prefix))
+
+
+def _fill_reference_grid(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
+    """Rotary weights without a reference grid get the one of their pretrained_cfg, not of the model being built."""
+    input_size = getattr(model, 'pretrained_cfg', {}).get('input_size')
+    if f'{prefix}{GRID}' not in state_dict and input_size is not None:
+        patch = model.patch_embed.patch_size
+        state_dict[f'{prefix}{GRID}'] = torch.tensor([input_size[-2] // patch[0], input_size[-1] // patch[1]])
+
+
+def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
+    key, grid_key = f'{prefix}pos_embed', f'{prefix}pos_embed_grid'
+    pos_embed = state_dict.get(key)
+    if not isinstance(pos_embed, Tensor) or model.pos_embed is None or pos_embed.ndim != 3:
+        return
+    tokens = pos_embed.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
+    grid = _pos_embed_grid(state_dict.get(grid_key), state_dict.get(f'{prefix}{GRID}'), tokens)
+    target = tuple(model.patch_embed.grid_size)
+    if grid is None:
+        if pos_embed.shape[1] != model.pos_embed.shape[1]:
+            raise RuntimeError(
+                f'{key} of the checkpoint has {tokens} positions, which form no square grid: '
+                f'add its grid as the integer tensor {grid_key}.')
+        grid = target
+    if grid != target and not pos_embed.is_meta:
+        state_dict[key] = model._resize_pos_embed(pos_embed, grid, target)
+    state_dict[grid_key] = torch.tensor(target)
+
+
+def _pos_embed_grid(saved: Any, reference: Any, tokens: int) -> Optional[Tuple[int, int]]:
+    """Grid of an embedding: as saved with it, else the reference grid if it fits, else square."""
+    for value in (saved, reference):
+        if isinstance(value, Tensor) and not value.is_meta:
+            grid = to_grid(value.tolist(), 'pos_embed_grid of the checkpoint')
+            if grid[0] * grid[1] == tokens:
+                return grid
+    return square_grid(tokens)
+
+
+def _explain(model: Any, state_dict: Dict[str, Any], prefix: str) -> str:
+    """One sentence on what differs most: encoding, width or depth."""
+    if model.rope is None and any(k.startswith(f'{prefix}rope.') for k in state_dict):
+        return 'the checkpoint holds a rotary encoding, the model has none.'
+    if model.rope is not None and not any(k.startswith(f'{prefix}rope.') for k in state_dict):
+        return f'the checkpoint holds no rotary encoding, the model has {model.rope.name!r}.'
+    if model.pos_embed is not None and f'{prefix}pos_embed' not in state_dict:
+        return 'the checkpoint has no position embedding, the model has one.'
+    stem = state_dict.get(f'{prefix}patch_embed.proj.weight')
+    if isinstance(stem, Tensor) and stem.shape[0] != model.embed_dim:
+        return f'the checkpoint is {stem.shape[0]} wide, the model {model.embed_dim}.'
+    blocks = {k[len(prefix):].split('.')[1] for k in state_dict if k.startswith(f'{prefix}blocks.')}
+    if len(blocks) != len(model.blocks):
+        return f'the checkpoint has {len(blocks)} blocks, the model {len(model.blocks)}.'
+    return 'the keys do not match.'

@@ -1,0 +1,135 @@
+"""Where a checkpoint comes from: the file, what identifies it, and what was written down about its training."""
+import argparse
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+from .hub import HubError, fetch
+from .hub_cache import verify
+from .pretrained import find_weights
+
+HUB = 'hf-hub:'
+CHUNK = 1 << 20
+# of a config.json, what says how images are prepared; its licence is not read: timm writes that of the architecture
+DATA_KEYS = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
+# of the arguments of a train.py, which may come from anywhere, what is taken apart
+TRAINING_KINDS: Dict[str, Tuple[type, ...]] = dict(
+    model_kwargs=(dict,), mean=(list, tuple), std=(list, tuple), input_size=(list, tuple))
+
+
+@dataclass
+class Config:
+    """What timm wrote down about weights, in a config.json or in a checkpoint of its train.py.
+
+    Attributes:
+        architecture: Name of the model, '' if there is nothing of the kind.
+        model_args: Constructor arguments.
+        data: How images are prepared, keys of DATA_KEYS.
+        labels: `label_names`, `label_descriptions`.
+    """
+    architecture: str = ''
+    model_args: Dict[str, Any] = field(default_factory=dict)
+    data: Dict[str, Any] = field(default_factory=dict)
+    labels: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Origin:
+    """A weight file.
+
+    Attributes:
+        path: The file.
+        name: What a reader can find it by: 'hf-hub:org/name@revision, file' or the name of a local file.
+        repo_id: Of the Hub, without the revision; '' for local files.
+        config: Of the config.json beside it.
+    """
+    path: Path
+    name: str
+    repo_id: str = ''
+    config: Config = field(default_factory=Config)
+
+    def sha256(self) -> str:
+        """Hash of the file, 64 hexadecimal digits."""
+        digest = hashlib.sha256()
+        with self.path.open('rb') as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+
+def find_origin(source: str, filename: Optional[str] = None) -> Origin:
+    """Find the weight file that is meant; from the Hub it is downloaded and verified.
+
+    Args:
+        source: A weight file, a folder with one, or 'hf-hub:org/name[@revision]'.
+        filename: File in the folder or repository; default: model.safetensors first.
+
+    Raises:
+        ValueError: Nothing of the kind, a folder where several files could be meant, a malformed name or config.json.
+        RuntimeError: It cannot be had from the Hub, or is corrupt.
+    """
+    if source.startswith(HUB):
+        repo_id = source[len(HUB):]
+        path = fetch(repo_id, filename)
+        verify(path)
+        folder = (filename or '').rpartition('/')[0]
+        try:
+            beside = fetch(repo_id, f'{folder}/config.json' if folder else 'config.json')
+        except HubError:  # not there, or not to be had: then the user says what it would have said
+            config = Config()
+        else:
+            verify(beside)
+            config = read_config(beside)
+        return Origin(path, f'{source}, {path.name}', repo_id.partition('@')[0], config)
+    path = Path(source)
+    if path.is_dir():
+        path = path / filename if filename else find_weights(path)
+    elif filename:
+        raise ValueError(f'filename {filename!r} names a file in a folder or on the Hub, and {source} is neither.')
+    if not path.is_file():
+        hint = f"; for a repository of the Hub write '{HUB}{source}'" if source.count('/') == 1 else ''
+        raise ValueError(f'There is no weight file {path}{hint}.')
+    return Origin(path, path.name, config=read_config(path.parent / 'config.json'))
+
+
+def read_config(path: Path) -> Config:
+    """Read a config.json; one that is not timm's says nothing.
+
+    Raises:
+        ValueError: The file is no JSON.
+    """
+    if not path.is_file():
+        return Config()
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise ValueError(f'{path} is no JSON ({e}): correct it, or move it away from the weights.') from None
+    if not isinstance(content, dict) or not isinstance(content.get('architecture'), str):
+        return Config()
+    cfg, args = content.get('pretrained_cfg', content), content.get('model_args', {})
+    if not isinstance(cfg, dict) or not isinstance(args, dict):
+        raise ValueError(f'{path}: pretrained_cfg and model_args must be objects.')
+    return Config(
+        content['architecture'], args, {key: cfg[key] for key in DATA_KEYS if cfg.get(key) is not None},
+        {key: content[key] for key in ('label_names', 'label_descriptions') if content.get(key)})
+
+
+def training_config(checkpoint: Dict[str, Any]) -> Config:
+    """What a checkpoint of timm's train.py says: the arguments it was started with.
+
+    Raises:
+        ValueError: Arguments of other types than train.py has.
+    """
+    args = checkpoint.get('args')
+    if not isinstance(args, argparse.Namespace) or checkpoint.get('arch') is None:
+        return Config()
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    for key, kind in TRAINING_KINDS.items():
+        if key in given and not isinstance(given[key], kind):
+            raise ValueError(f'args.{key} of the checkpoint is {given[key]!r}, which train.py never writes.')
+    kwargs = {**(given.get('model_kwargs') or {}), **{key: given[key] for key in ('img_size',) if key in given}}
+    data: Dict[str, Any] = {key: list(given[key]) for key in ('mean', 'std') if key in given}
+    data.update({key: given[key] for key in ('crop_pct', 'interpolation') if given.get(key)})
+    return Config(str(checkpoint['arch']).partition('.')[0], kwargs, data)

@@ -1,0 +1,249 @@
+"""Where pretrained weights come from: found, verified and read before the model is built, and checked against it.
+
+timm builds a model, then reads its weights. Here they are read first, so that what they say of their own structure
+(Spiral's number of directions, LieRE's missing LayerScale) reaches the constructor, no pickle is read that was not
+verified, and a model that cannot take them is not built in vain. Hashing runs beside the building.
+"""
+import dataclasses
+import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from timm.layers import trunc_normal_
+from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from .._checks import check_flag
+from .files import is_safetensors, read_weights
+from .hub import HubError, fetch
+from .hub_cache import verify, verify_cached
+from .layouts import Weights, first, recognise
+
+_logger = logging.getLogger(__name__)
+
+# what timm must not read itself: `state_dict` has the highest priority there, once no `source` is set
+PLACEHOLDER = {'read by timm_rope': True}
+SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt', '.pth.tar', '.ckpt')
+
+
+def build(
+        model_cls: Callable[..., Any],
+        fit: Callable[[Weights, Any, bool], Dict[str, Tensor]],
+        name: str,
+        model_args: Dict[str, Any],
+        feature_cfg: Dict[str, Any],
+        pretrained: bool,
+        **kwargs: Any,
+) -> Any:
+    """timm's build_model_with_cfg, but with weights that are found, verified and read here.
+
+    Args:
+        model_cls: Class of the model.
+        fit: Makes a state dict of the model of recognised weights; its third argument is whether to start warm.
+        name: Model name.
+        model_args: Constructor arguments of that name.
+        feature_cfg: As build_model_with_cfg.
+        pretrained: Whether to load weights.
+        **kwargs: What create_model passes on. `rope_warm_start=True` takes over everything but the rotation from
+            weights of another encoding.
+
+    Raises:
+        ValueError: `rope_warm_start` without weights, or not asked for by the caller; see also `PretrainedSource`.
+        RuntimeError: The weights do not fit; see `PretrainedSource` and `fit`.
+    """
+    if 'rope_warm_start' in (kwargs.get('pretrained_model_args') or {}):
+        raise ValueError('rope_warm_start in the model_args of a config.json: only the caller may ask for it.')
+    warm_start = check_flag(kwargs.pop('rope_warm_start', False), 'rope_warm_start')
+    if warm_start and not pretrained:
+        raise ValueError('rope_warm_start=True needs pretrained=True and weights to start from.')
+    if not pretrained:
+        return build_model_with_cfg(model_cls, name, False, feature_cfg=feature_cfg, **{**model_args, **kwargs})
+    source = PretrainedSource(
+        name, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None), kwargs.get('cache_dir'),
+        lambda weights, model: fit(weights, model, warm_start))
+    implied = source.model_args(kwargs, model_args['rope_encoding'])
+    # random weights take longer than real ones; `fit` refuses weights that would leave some of them, but for the head
+    replaced = source.weights is not None and not warm_start and 'weight_init' not in kwargs
+    model = build_model_with_cfg(
+        model_cls, name, True, pretrained_filter_fn=source.filter_fn, feature_cfg=feature_cfg, **source.build_args(),
+        **{**model_args, **implied, **(dict(weight_init='skip') if replaced else {}), **kwargs})
+    source.restore_cfg(model)
+    model._model_args = {**getattr(model, '_model_args', {}), **implied}
+    if replaced:
+        _finish_init(getattr(model, 'model', model), kwargs.get('num_classes'), source.cfg.get('num_classes'))
+    return model
+
+
+def _finish_init(model: Any, num_classes: Optional[int], pretrained_classes: Optional[int]) -> None:
+    """Initialise what the weights did not: a head of another number of classes, as timm does by default."""
+    if not hasattr(model, 'get_classifier'):
+        return  # timm took the model apart for its features, and has no head
+    model.weight_init_mode = ''
+    head = model.get_classifier()
+    if num_classes not in (None, pretrained_classes) and isinstance(head, nn.Linear):
+        trunc_normal_(head.weight, std=.02)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+
+
+class PretrainedSource:
+    """Weights that `timm.models.build_model_with_cfg` is about to load.
+
+    Args:
+        name: Model name.
+        pretrained_cfg: As create_model passes it: a tag, a dict, a PretrainedCfg or None.
+        overlay: As create_model passes it.
+        cache_dir: Cache of the Hub.
+        fit: Makes a state dict of a model of recognised weights.
+
+    Raises:
+        ValueError: A folder without weights, or with several files that could be meant; a malformed name.
+        RuntimeError: The weights cannot be had, are corrupt, or are of no known layout.
+    """
+
+    def __init__(
+            self,
+            name: str,
+            pretrained_cfg: Any,
+            overlay: Any,
+            cache_dir: Any,
+            fit: Callable[[Weights, Any], Dict[str, Tensor]],
+    ) -> None:
+        self.fit = fit
+        self.cfg, state_dict = _without_state_dict(name, pretrained_cfg, overlay)
+        self.weights: Optional[Weights] = None
+        self._verified: Optional[Future] = None
+        self._path: Optional[Path] = None
+        self._read: List[os.stat_result] = []
+        path = self._path = self._find(cache_dir) if state_dict is None else None
+        if state_dict is None and path is None:
+            return  # a url, which timm downloads, a format of its own, or nothing, of which timm complains
+        try:
+            self.weights = recognise(self._read_file(path) if path is not None else state_dict)
+        except Exception:
+            self._wait()  # bytes that were damaged on the way explain what they broke
+            raise
+
+    def _find(self, cache_dir: Any) -> Optional[Path]:
+        source, file, hub_id = (self.cfg.get(key) for key in ('source', 'file', 'hf_hub_id'))
+        if source == 'local-dir':
+            return find_weights(Path(str(file)))
+        if file and source != 'hf-hub':
+            # a format of its own (.npz) is for the model's `load_pretrained`
+            return None if self.cfg.get('custom_load') else Path(file)
+        if not hub_id:
+            return None
+        if source == 'hf-hub':
+            verify_cached(hub_id, 'config.json', cache_dir)  # timm has read it; nothing is built of it yet
+        path = fetch(hub_id, self.cfg.get('hf_hub_filename'), cache_dir)
+        try:
+            safe = is_safetensors(path)
+        except FileNotFoundError:  # another process found it damaged, as `verify` will say
+            safe = False
+        # tensors of safetensors stay in the file until they are copied into the model, which waits for the result
+        pool = ThreadPoolExecutor(1)
+        self._verified = pool.submit(verify, path)
+        pool.shutdown(wait=False)
+        if not safe:
+            self._verified.result()  # no pickle is opened before, whatever its name
+        return path
+
+    def _read_file(self, path: Path) -> Dict[str, Any]:
+        """The file, and by which status a file that takes its place is told from it."""
+        before = path.stat() if path.is_file() else None
+        content = read_weights(path)
+        self._read = [status for status in (before, path.stat()) if status is not None]
+        return content
+
+    def _wait(self) -> None:
+        """Wait for the hash; what was hashed must be what was read."""
+        if self._verified is None:
+            return
+        hashed = self._verified.result()
+        if not all(os.path.samestat(hashed, status) for status in self._read):
+            raise HubError(f'{self._path} was replaced by another process while it was read: try again.')
+
+    def model_args(self, given: Dict[str, Any], encoding: str) -> Dict[str, Any]:
+        """Constructor arguments that the weights need and the caller did not give.
+
+        Args:
+            given: Arguments of the caller, which go first.
+            encoding: Encoding of the model.
+
+        Raises:
+            ValueError: The weights leave open what only the caller can choose.
+        """
+        if self.weights is None:
+            return {}
+        same = self.weights.encoding in (None, given.get('rope_encoding', encoding))
+        if same:
+            for key, why in self.weights.ask.items():
+                if key not in given:
+                    raise ValueError(f'{key} must be chosen for these {self.weights.layout} weights: {why}.')
+        # with another encoding only what the blocks are made of matters, not where patches are
+        position = () if same else ('rope_', 'pos_embed', 'img_size', 'no_embed_class')
+        args = {
+            key: value for key, value in self.weights.model_args.items()
+            if key not in given and not key.startswith(position or ('\0',))}
+        if args:
+            listed = ', '.join(f'{key}={value!r}' for key, value in args.items())
+            _logger.info(f'{self.weights.layout} weights: the model is built with {listed}.')
+        return args
+
+    def build_args(self) -> Dict[str, Any]:
+        """Arguments of build_model_with_cfg that make it take these weights."""
+        if self.weights is None:
+            return dict(pretrained_cfg=self.cfg)
+        return dict(pretrained_cfg={**self.cfg, 'source': None, 'state_dict': PLACEHOLDER})
+
+    def filter_fn(self, state_dict: Dict[str, Any], model: Any) -> Dict[str, Tensor]:
+        """timm's filter hook: what the model's state dict shall be."""
+        weights = self.weights or recognise(state_dict)
+        try:
+            tensors = self.fit(weights, model)
+        finally:
+            self._wait()
+        return tensors
+
+    def restore_cfg(self, model: Any) -> None:
+        """Give a built model (or feature wrapper) the cfg that the placeholder stood in for."""
+        for module in (model, getattr(model, 'model', None)):
+            cfg = getattr(module, 'pretrained_cfg', None)
+            if isinstance(cfg, dict) and cfg.pop('state_dict', None) is not None and self.cfg.get('source'):
+                cfg['source'] = self.cfg['source']
+
+
+def find_weights(folder: Path) -> Path:
+    """The weight file of a folder: safetensors first.
+
+    Raises:
+        ValueError: No weight file, or several of the same kind; lists them.
+    """
+    if not folder.is_dir():
+        raise ValueError(f'{folder} is no folder: expected one with config.json and model.safetensors.')
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name.endswith(SUFFIXES)}
+    safe = [name for name in files if name.endswith('.safetensors')]
+    for name in ('model.safetensors', *safe[:len(safe) == 1], *([] if safe else ['pytorch_model.bin'])):
+        if name in files:
+            return files[name]
+    if len(files) != 1:
+        found = f'several: {first(list(files))}' if files else 'none'
+        raise ValueError(f'{folder} must hold one weight file, preferably model.safetensors; it holds {found}.')
+    return files.popitem()[1]
+
+
+def _without_state_dict(name: str, cfg: Any, overlay: Any) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]]:
+    """The cfg as timm resolves it, and apart from it a state dict given in it, which timm would copy."""
+    overlay = dict(overlay or {})
+    given = overlay.pop('state_dict', None)
+    if isinstance(cfg, PretrainedCfg):
+        given = given or cfg.state_dict
+        cfg = dataclasses.replace(cfg, state_dict=None)
+    elif isinstance(cfg, dict):
+        given = given or cfg.get('state_dict')
+        cfg = {key: value for key, value in cfg.items() if key != 'state_dict'}
+    resolved = resolve_pretrained_cfg(name, cfg, overlay).to_dict()
+    elsewhere = resolved.get('source') in ('hf-hub', 'local-dir')  # which timm prefers to a state dict
+    return resolved, None if elsewhere else given
