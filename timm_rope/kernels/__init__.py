@@ -107,9 +107,10 @@ def unpack(qkv: Tensor, num_heads: int) -> Tuple[Tensor, Tensor, Tensor]:
 def owned(output: Tensor, projection: nn.Module) -> Tensor:
     """The output of a projection if nobody else sees it, so that it may be written to; a copy otherwise.
 
-    A hook may keep it, and a wrapped or parametrised projection may need it in its backward pass.
+    A hook may keep it, and a wrapped, patched or parametrised projection may need it in its backward pass.
     """
-    if type(projection) is nn.Linear and not projection._forward_hooks and not _global_forward_hooks:
+    patched = 'forward' in vars(projection) or '__call__' in vars(projection)  # on this layer alone
+    if type(projection) is nn.Linear and not (patched or projection._forward_hooks or _global_forward_hooks):
         return output
     return output.clone()
 
@@ -178,6 +179,8 @@ def _is_eager(*tensors: Tensor) -> bool:
         return False
     if torch.autograd.forward_ad._current_level >= 0:
         return False
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False  # a mode may keep what it saw, as selective activation checkpointing does
     return all(
         type(t) in (Tensor, nn.Parameter)
         and not t.is_meta

@@ -131,8 +131,9 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             self.patch_drop = PatchDropoutWithIndices(  # type: ignore[assignment]
                 patch_drop_rate, num_prefix_tokens=self.num_prefix_tokens)
         if self.pos_embed is not None:
-            # tells 4x16 from 8x8 when the embedding is resized to another model's grid
-            self.register_buffer('pos_embed_grid', torch.empty(2, device=device, dtype=torch.int64))
+            # tells 4x16 from 8x8 when the embedding is resized to another model's grid; not of integers, since people
+            # average weights
+            self.register_buffer('pos_embed_grid', torch.empty(2, device=device, dtype=torch.float32))
             self._record_pos_embed_grid()
         self.rope = rope
         for name in list(self._modules)[list(self._modules).index('blocks'):]:
