@@ -21,7 +21,7 @@ ALLOWED = {
     'encodings': {'positions', 'rotations', '_checks'},
     'kernels': {'rotations', '_precision'},
     'weights': {'encodings', 'positions', '_checks', '_version'},
-    'models': {'weights', 'kernels', 'encodings', 'rotations', '_checks'},
+    'models': {'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks'},
     'cli': {'models', 'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_version', 'plugin'},
     '__main__': {'cli', '_version'},
     '__init__': {'models', 'encodings', 'plugin', '_version'},

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_flag, check_integer, check_positive
 from ..positions.augmentation import augment, check_amount
-from ..positions.coordinates import COORDS, LARGEST_SIDE, grid_axes, read_grid, reference_side, to_grid
+from ..positions.coordinates import COORDS, LARGEST_SIDE, grid_axes, reference_side, to_grid
 from ..positions.scaling import RULES, growth, interpolate, log_n_scale, rescale
 from ..rotations.formulas import PairRotation, Rotation
 from ._cache import PayloadCache
-from ._signature import format_signature, read_signature, read_signature_grid, signature_conflicts, write_signature
+from ._reference import HasReferenceGrid, saved_reference_grid
+from ._signature import format_signature, read_signature, signature_conflicts, write_signature
 
 for _name in ('augment', 'grid_axes', 'growth', 'log_n_scale', 'reference_side', 'rescale'):
     torch.fx.wrap(_name)
@@ -27,7 +28,7 @@ SHARING = dict(share_heads=False, share_layers=False)  # options of every learne
 USAGE: Dict[str, Any] = dict(scaling='extrapolate', log_n=False, shift=None, jitter=None, rescale=None)
 
 
-class RotaryEncoding(nn.Module):
+class RotaryEncoding(HasReferenceGrid):
     """Base class of every rotary encoding.
 
     Calling the module with a grid size gives the payloads, one per block of the model; `rotate` applies one.
@@ -85,10 +86,9 @@ class RotaryEncoding(nn.Module):
     scalings: ClassVar[Tuple[str, ...]] = RULES
     axes_apart: ClassVar[bool] = False  # frequencies of x and y are two rotations, not one wave vector
     __constants__ = ['axes_apart', 'centered', 'learned', 'span']  # TorchScript finds class attributes only here
-    __jit_unused_properties__ = ['usage']
+    __jit_unused_properties__ = ['undecided', 'usage']
 
     freqs: Tensor
-    reference_grid: Tensor
     signature: Tensor
 
     def __init_subclass__(cls, name: str = '', **kwargs) -> None:
@@ -329,6 +329,8 @@ class RotaryEncoding(nn.Module):
             ValueError: `grid_size` is not two positive integers.
         """
         if not torch.jit.is_scripting():
+            if self._undecided and not self._is_recorded(grid_size):
+                self.settle_reference_grid(grid_size)
             if self._is_eager(grid_size):
                 return self._cached_payloads(to_grid(grid_size, 'grid_size'), num_prefix_tokens)
         return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
@@ -357,6 +359,12 @@ class RotaryEncoding(nn.Module):
             num_prefix_tokens,
             self.depth,
         )
+
+    @torch.jit.unused
+    def _is_recorded(self, grid_size: Tuple[int, int]) -> bool:
+        """Whether the graph that is being recorded is meant for another runtime, or is no more than traced."""
+        return (
+            torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(grid_size[0], torch.fx.Proxy))
 
     @torch.jit.unused
     def _is_eager(self, grid_size: Tuple[int, int]) -> bool:
@@ -450,6 +458,7 @@ class RotaryEncoding(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         if type(self.reference_grid) is Tensor and not self.reference_grid.is_meta:
+            self.adopt_reference_grid()
             sides = self.reference_grid.tolist()
             if all(0.5 < side < LARGEST_SIDE for side in sides):  # after `to_empty` they hold anything
                 signature = write_signature(self._signature, (round(sides[0]), round(sides[1])), self.signature.device)
@@ -465,6 +474,7 @@ class RotaryEncoding(nn.Module):
         grid = saved_reference_grid(state_dict, prefix)
         if grid is not None:
             device = state_dict[f'{prefix}reference_grid'].device if assign else self.reference_grid.device
+            self._undecided = False
             tensors[f'{prefix}reference_grid'] = torch.tensor(grid, device=device, dtype=torch.float32)
             # weights from elsewhere have no signature, and one written by another version may differ in length
             tensors[f'{prefix}signature'] = write_signature(self._signature, grid, device)
@@ -499,28 +509,6 @@ class RotaryEncoding(nn.Module):
             f'{self.name}, head_dim={self.head_dim}, num_heads={self.num_heads}, depth={self.depth}, '
             f'reference_grid={grid}{options}, freqs={tuple(self.freqs.shape)}'
             f'{" learned" if self.learned else " fixed"}')
-
-
-def saved_reference_grid(state_dict: Dict[str, Any], prefix: str) -> Optional[Tuple[int, int]]:
-    """The reference grid that a state dict holds; None if it holds none, or none with values.
-
-    Raises:
-        ValueError: It is no grid, or the average of two.
-    """
-    value = state_dict.get(f'{prefix}reference_grid')
-    if not isinstance(value, Tensor) or value.is_meta:
-        return None
-    name = f'{prefix}reference_grid of the checkpoint'
-    grid = read_grid(value, name)
-    named = read_signature_grid(state_dict.get(f'{prefix}signature')) if value.is_floating_point() else None
-    if named is None:
-        return grid  # integers may have been put there by hand, and are what is meant
-    # bfloat16 holds every whole number up to 256
-    if any(abs(a - b) > max(0, a / 200 if max(named) > 256 else 0) for a, b in zip(named, grid)):
-        raise ValueError(
-            f'{name} is {grid}, and rope.signature says {named}: the weights are an average of weights of different '
-            f'reference grids. To change the grid by hand, put a tensor of integers there.')
-    return named
 
 
 @torch.fx.wrap

@@ -106,6 +106,7 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
         img_size = to_image_size(img_size, patch, dynamic_img_pad)
         options = {k: kwargs.pop(k) for k in list(kwargs) if k.startswith('rope_')}
         rope: Optional[RotaryEncoding] = None
+        told = 'rope_reference_grid' in options
         if rope_encoding != 'none':
             options.setdefault('rope_reference_grid', (img_size[0] // patch[0], img_size[1] // patch[1]))
             rope = create_rope(
@@ -136,6 +137,9 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             self.register_buffer('pos_embed_grid', torch.empty(2, device=device, dtype=torch.float32))
             self._record_pos_embed_grid()
         self.rope = rope
+        if rope is not None and not told:
+            # that of the stem, which may have strides of its own; training may change it once more
+            rope.set_initial_grid(self.patch_embed.grid_size)
         for name in list(self._modules)[list(self._modules).index('blocks'):]:
             # rope before blocks and the head last: timm drops the last two parameters as "the head"
             if name != 'rope':
@@ -184,6 +188,8 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
     ) -> None:
         """Change the nominal image or patch size. The reference grid stays: it belongs to the weights.
 
+        Only in a model that has neither been trained nor loaded any weights it becomes the new grid.
+
         Args:
             img_size: New nominal size; None keeps the current one.
             patch_size: New patch size, to which the patch embedding is resampled; None keeps the current one.
@@ -204,6 +210,8 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             resized = self._resize_pos_embed(pos_embed.detach(), old_grid, self.patch_embed.grid_size)
             self.pos_embed = nn.Parameter(resized, requires_grad=pos_embed.requires_grad)
             self._record_pos_embed_grid()
+        if self.rope is not None and self.rope.undecided:
+            self.rope.set_initial_grid(self.patch_embed.grid_size)
         if rope_scaling is not None:
             self.set_rope_scaling(rope_scaling)
 
