@@ -154,6 +154,7 @@ def clean(stderr):
     return 'Traceback' not in stderr and 'Warning' not in stderr and 'leaked' not in stderr
 
 
+@pytest.mark.slow
 def test_two_runs_at_a_time(tmp_path):
     process = start(tmp_path / 'out', '--steps', '10')
     stdout, stderr = process.communicate(timeout=120)
@@ -174,6 +175,7 @@ def test_two_runs_at_a_time(tmp_path):
     assert not os.listdir(tmp_path / 'out' / 'unfinished')
 
 
+@pytest.mark.slow
 def test_an_interruption_of_two_runs(tmp_path):
     """As from a terminal: to all processes at once."""
     folder = tmp_path / 'out'
