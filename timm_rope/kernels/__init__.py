@@ -24,6 +24,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Type
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .._precision import recording, without_autocast
 from ..rotations.formulas import BlockRotation, PairRotation, Rotation, TripletRotation
@@ -179,7 +180,7 @@ def _is_eager(*tensors: Tensor) -> bool:
         return False
     if torch.autograd.forward_ad._current_level >= 0:
         return False
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if not all(getattr(mode, 'only_counts', False) for mode in _get_current_dispatch_mode_stack()):
         return False  # a mode may keep what it saw, as selective activation checkpointing does
     return all(
         type(t) in (Tensor, nn.Parameter)
