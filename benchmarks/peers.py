@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_rope.encodings._base import RotaryEncoding
+from timm_rope.encodings import RotaryEncoding
 from timm_rope.positions.coordinates import grid_axes
 from timm_rope.rotations.formulas import BlockRotation, PairRotation, TripletRotation
 

@@ -10,9 +10,9 @@ from . import plugin as _plugin
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .encodings import RotaryEncoding as RotaryEncoding
     from .encodings import create_rope as create_rope
     from .encodings import list_ropes as list_ropes
-    from .encodings._base import RotaryEncoding as RotaryEncoding
     from .models.convert_encoding import convert_encoding as convert_encoding
     from .models.swin import RopeSwinTransformer as RopeSwinTransformer
     from .models.vit import RopeVisionTransformer as RopeVisionTransformer

@@ -186,7 +186,7 @@ def test_a_payload_for_each_image(choose, taken):
         for route in ('formula', 'auto'):
             choose(route)
             leaf.grad, rope.freqs.grad = None, None
-            payload = timm_rope.encodings._base.keep_tokens(rope(GRID)[1], index, 0)
+            payload = timm_rope.encodings._payloads.keep_tokens(rope(GRID)[1], index, 0)
             taken.clear()
             q, k, v = rotate(leaf[:, :5] * 1, payload, rope.rotation, HEADS)
             (q * torch.arange(q.numel()).view_as(q)).sum().backward()

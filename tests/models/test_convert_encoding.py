@@ -14,7 +14,7 @@ from torch import nn
 
 import timm_rope
 from timm_rope import convert_encoding
-from timm_rope.encodings._base import ENCODINGS
+from timm_rope.encodings import ENCODINGS
 from timm_rope.encodings._saved import read_encoding
 from timm_rope.encodings._signature import read_signature
 

@@ -10,7 +10,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from tiny_swin import SMALL, blocks, make, ropes, same
 
 import timm_rope
-from timm_rope.encodings._base import RotaryEncoding
+from timm_rope.encodings import RotaryEncoding
 from timm_rope.models.window_attention import RopeWindowAttention
 
 # -- training

@@ -1,34 +1,36 @@
 """What an encoding is: coordinate convention + frequencies + rotation + learned or not, under a name.
 
-A subclass (one file in `encodings/`, one line in `encodings/__init__.py`) says what its frequencies are; everything
-else is here: the reference grid, the payloads of a grid, their cache, precision, and what a checkpoint must agree on.
+This is the contract: what a subclass states (one file in `encodings/`, one line in `encodings/__init__.py`), and what
+everybody else asks of it, the payloads of a grid. What it shares with no other concept stands beside: how it is used in
+`_usage.py`, its tensors, casts and checkpoints in `_state.py`, its reference grid in `_reference.py`.
 
 Shapes: L layers, H heads, G channel groups, N tokens, W payload width. An axis of size 2 is (x, y), x first.
 """
 from typing import Any, ClassVar, Dict, List, Optional, Set, Tuple, Type
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import check_choice, check_flag, check_integer, check_positive
-from ..positions.augmentation import augment, check_amount
-from ..positions.coordinates import COORDS, LARGEST_SIDE, grid_axes, reference_side, to_grid
-from ..positions.scaling import RULES, growth, interpolate, log_n_scale, rescale
-from ..rotations.formulas import PairRotation, Rotation
+from ..positions.augmentation import augment
+from ..positions.coordinates import COORDS, grid_axes, reference_side, to_grid
+from ..positions.scaling import growth, interpolate, log_n_scale, rescale
+from ..rotations.formulas import Rotation
 from ._cache import PayloadCache
-from ._reference import HasReferenceGrid, saved_reference_grid
-from ._signature import format_signature, read_signature, signature_conflicts, write_signature
+from ._payloads import per_block
+from ._signature import format_signature, write_signature
+from ._state import SavedState
+from ._usage import USAGE, HasUsage
 
-for _name in ('augment', 'grid_axes', 'growth', 'log_n_scale', 'reference_side', 'rescale'):
+# FX keeps these as single nodes; it looks for them by name in the module that calls them, so not only where they stand
+for _name in ('augment', 'grid_axes', 'growth', 'log_n_scale', 'per_block', 'reference_side', 'rescale'):
     torch.fx.wrap(_name)
 
 ENCODINGS: Dict[str, Type['RotaryEncoding']] = {}
 SHARING = dict(share_heads=False, share_layers=False)  # options of every learned encoding
-USAGE: Dict[str, Any] = dict(scaling='extrapolate', log_n=False, shift=None, jitter=None, rescale=None)
 
 
-class RotaryEncoding(HasReferenceGrid):
+class RotaryEncoding(HasUsage, SavedState):
     """Base class of every rotary encoding.
 
     Calling the module with a grid size gives the payloads, one per block of the model; `rotate` applies one.
@@ -40,8 +42,16 @@ class RotaryEncoding(HasReferenceGrid):
     Frequencies, coordinates and payloads are kept and computed in float32 (float64 in a float64 module), whatever
     dtype the model is cast to and outside autocast: in bfloat16 the positions of a 32 x 32 grid are off by 0.3 rad.
 
-    A subclass defines `defaults`, `make_rotation` and `initial_freqs`, and where its frequencies are stored in another
-    form `freqs_shape`, `frequencies` and its inverse `freqs_for`.
+    A subclass gives its name in the class line, `class Mixed(RotaryEncoding, name='mixed')`, and defines
+
+    * the class attributes below: `summary`, `source` (any citation), `defaults` (its options with their defaults,
+      `coords` always among them), and where they differ `learned`, `oblique`, `relative`, ...;
+    * `make_rotation`: how its channel groups turn;
+    * `initial_freqs`: what the groups turn by, as plain numbers or a tensor;
+    * only where frequencies are stored in another form `freqs_shape`, `frequencies` and its inverse `freqs_for`.
+
+    Its docstring gives the equation, the source, every option as `option:`, and what happens to the channels of
+    head_dim that form no group.
 
     Args:
         head_dim: Channels per head.
@@ -83,13 +93,9 @@ class RotaryEncoding(HasReferenceGrid):
     coords_choices: ClassVar[Tuple[str, ...]] = COORDS
     span: ClassVar[float] = 2 * torch.pi  # of the reference image in normalised coordinates
     centered: ClassVar[bool] = True
-    scalings: ClassVar[Tuple[str, ...]] = RULES
     axes_apart: ClassVar[bool] = False  # frequencies of x and y are two rotations, not one wave vector
     __constants__ = ['axes_apart', 'centered', 'learned', 'span']  # TorchScript finds class attributes only here
     __jit_unused_properties__ = ['undecided', 'usage']
-
-    freqs: Tensor
-    signature: Tensor
 
     def __init_subclass__(cls, name: str = '', **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -108,28 +114,20 @@ class RotaryEncoding(HasReferenceGrid):
             *,
             device=None,
             dtype=None,
-            scaling: str = 'extrapolate',
-            log_n: bool = False,
-            shift: Optional[float] = None,
-            jitter: Optional[float] = None,
-            rescale: Optional[float] = None,
             **options: Any,
     ) -> None:
         super().__init__()
         self.head_dim = check_integer(head_dim, 'head_dim')
         self.num_heads = check_integer(num_heads, 'num_heads')
         self.depth = check_integer(depth, 'depth')
+        usage = {key: options.pop(key, default) for key, default in USAGE.items()}
         self.options = self._checked(options)
         self.coords: str = self.options['coords']
         self.rotation = self.make_rotation()
         self._initial_grid = to_grid(reference_grid, 'reference_grid')
         self._signature = self.signature_of(self.options, self.head_dim)
         self._cache = PayloadCache()
-        self.set_scaling(scaling, log_n)
-        self._shift = check_amount(shift, 'shift', 0.)
-        self._jitter = check_amount(jitter, 'jitter', 1.)
-        self._rescale = check_amount(rescale, 'rescale', 1.)
-        self._augmented = (self._shift, self._jitter, self._rescale) != (0., 1., 1.)
+        self.set_usage(**usage)
 
         dtype = dtype or torch.get_default_dtype()
         if dtype.itemsize < 4:
@@ -176,48 +174,6 @@ class RotaryEncoding(HasReferenceGrid):
             check_flag(options.get(key, False), key)
         return options
 
-    # -- how it is used
-
-    def check_scaling(self, scaling: str) -> str:
-        """The rule, if this encoding can follow it.
-
-        Raises:
-            ValueError: No rule of `scaling.py`, or one that has no meaning here; says why.
-        """
-        check_choice(scaling, RULES, 'scaling')
-        if scaling not in self.scalings:
-            raise ValueError(
-                f'scaling must be one of {", ".join(map(repr, self.scalings))} for {self.name!r}, got {scaling!r}: '
-                f'{self.no_scaling()}.')
-        return scaling
-
-    def no_scaling(self) -> str:
-        """Why other rules than `scalings` have no meaning; overridden with it."""
-        return ''
-
-    def set_scaling(self, scaling: str, log_n: Optional[bool] = None) -> None:
-        """Change what happens on grids larger than the reference grid; nothing is learned or saved with the weights.
-
-        Args:
-            scaling: 'extrapolate', 'interpolate', 'ntk' or 'yarn', see `scaling.py`.
-            log_n: Whether attention scores are multiplied by `score_scale`; None keeps it.
-
-        Raises:
-            ValueError: A rule that there is not, or that has no meaning for this encoding. Nothing is changed.
-        """
-        self.check_scaling(scaling)
-        if log_n is not None:
-            self.log_n = check_flag(log_n, 'log_n')
-        self.scaling = scaling
-        self._cache = PayloadCache()
-
-    @property
-    def usage(self) -> Dict[str, Any]:
-        """What is no part of the function that the weights were trained for, as the constructor takes it."""
-        return dict(
-            scaling=self.scaling, log_n=self.log_n, shift=self._shift or None,
-            jitter=None if self._jitter == 1 else self._jitter, rescale=None if self._rescale == 1 else self._rescale)
-
     # -- what a subclass defines
 
     def make_rotation(self) -> Rotation:
@@ -228,8 +184,11 @@ class RotaryEncoding(HasReferenceGrid):
         """Shape of `freqs`, layers on axis 1; `layers` and `heads` are 1 where frequencies are shared or fixed."""
         return 2, layers, heads, self.rotation.groups
 
-    def initial_freqs(self) -> Tensor:
-        """Initial value of `freqs`, in its shape, on its device and in its dtype."""
+    def initial_freqs(self) -> Any:
+        """Initial value of `freqs`: numbers in nested lists or a tensor, of its shape or one that broadcasts to it.
+
+        `self.freqs` is there for its shape, device and dtype, but has no values yet.
+        """
         raise NotImplementedError
 
     def frequencies(self) -> Tensor:
@@ -243,69 +202,6 @@ class RotaryEncoding(HasReferenceGrid):
             ValueError: `freqs` has no place for some of them; the message is a reason without a full stop.
         """
         return frequencies
-
-    # -- what `reparametrize.py` asks: which wave vectors the channel pairs (2k, 2k+1) turn by, counter-clockwise
-
-    def wave_vectors(self) -> Tensor:
-        """Wave vectors of the pairs, (2, L or 1, H or 1, P), x first, in radians per unit of coordinate.
-
-        Raises:
-            ValueError: The rotation is not described by wave vectors of pairs; the message is a reason.
-        """
-        if type(self.rotation) is not PairRotation:  # its subclasses turn by other angles
-            raise ValueError(f'{self._signature} does not turn each channel pair by one wave vector')
-        return self.frequencies()
-
-    def freqs_for_wave_vectors(self, vectors: Tensor) -> Tensor:
-        """What `freqs` must hold to turn the pairs by (2, L, H, P) wave vectors; pairs beyond P stay unrotated.
-
-        Raises:
-            ValueError: No `freqs` do; the message is a reason.
-        """
-        if type(self.rotation) is not PairRotation:
-            raise ValueError(f'{self.name!r} does not turn channel pairs')
-        groups = self.rotation.groups
-        if bool(vectors[..., groups:].any()):
-            raise ValueError(f'{self.name!r} leaves the pairs beyond the first {groups} of a head unrotated')
-        return self.freqs_for(F.pad(vectors[..., :groups], [0, max(0, groups - vectors.shape[-1])]))
-
-    # -- initialisation and dtype
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Fill every tensor of the module, also after `to_empty`."""
-        self.reference_grid.copy_(torch.tensor(self._initial_grid))
-        self.signature.copy_(write_signature(self._signature, self._initial_grid))
-        self.freqs.copy_(self.initial_freqs())
-
-    @torch.no_grad()
-    def init_non_persistent_buffers(self) -> None:
-        """Fill what a checkpoint does not bring (called by timm and transformers after loading on the meta device)."""
-        if not self.learned:
-            self.freqs.copy_(self.initial_freqs())
-
-    def _apply(self, fn, recurse: bool = True):
-        def at_least_float32(tensor: Tensor) -> Tensor:
-            out = fn(tensor)
-            if tensor.is_floating_point() and out.is_floating_point() and out.dtype.itemsize < 4:
-                return tensor.to(device=out.device, dtype=torch.float32)
-            if out.stride() != tensor.stride() and out.shape == tensor.shape:
-                # channels_last is meant for images; frequencies that happen to have four axes keep their layout
-                return out.new_empty(out.shape).copy_(out)
-            return out
-
-        dtype, meta = self.freqs.dtype, self.freqs.is_meta
-        super()._apply(at_least_float32, recurse)
-        if self.freqs.dtype != dtype or (meta and not self.freqs.is_meta):
-            # at the new precision, not rounded at the old one; no checkpoint brings them to a model made on meta
-            self.init_non_persistent_buffers()
-        return self
-
-    def keep_layers(self, depth: int) -> None:
-        """Drop the frequencies of all but the first `depth` blocks (the model was pruned)."""
-        if self.learned and self.freqs.shape[1] > 1:
-            self.freqs = nn.Parameter(self.freqs.detach()[:, :depth].clone(), requires_grad=self.freqs.requires_grad)
-        self.depth = depth
 
     # -- payloads
 
@@ -431,75 +327,7 @@ class RotaryEncoding(HasReferenceGrid):
         """Frequencies are not decayed: zero is a frequency like any other."""
         return {'freqs'} if self.learned else set()
 
-    # -- checkpoints
-
-    def check_state_dict(self, state_dict: Dict[str, Any], prefix: str = '') -> None:
-        """Refuse a state dict that holds another encoding or damaged tensors, before anything is copied.
-
-        Raises:
-            RuntimeError: Another encoding or other options; says which.
-            ValueError: Non-finite frequencies or a malformed reference grid.
-        """
-        saved = read_signature(state_dict.get(f'{prefix}signature'))
-        if saved is not None:
-            reason = signature_conflicts(saved, self._signature)
-            if reason:
-                raise RuntimeError(
-                    f'The checkpoint holds the rotary encoding {saved}, this module is {self._signature}: {reason}. '
-                    f'Build the model with the encoding and options of the checkpoint.')
-        saved_reference_grid(state_dict, prefix)
-        freqs = state_dict.get(f'{prefix}freqs')
-        if isinstance(freqs, Tensor) and freqs.is_complex():
-            raise ValueError(f'{prefix}freqs of the checkpoint must be real numbers, got {freqs.dtype}.')
-        if isinstance(freqs, Tensor) and not freqs.is_meta and not bool(torch.isfinite(freqs).all()):
-            bad = int((~torch.isfinite(freqs)).sum())
-            raise ValueError(
-                f'{prefix}freqs of the checkpoint has {bad} non-finite of {freqs.numel()} values; all must be finite.')
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        if type(self.reference_grid) is Tensor and not self.reference_grid.is_meta:
-            self.adopt_reference_grid()
-            sides = self.reference_grid.tolist()
-            if all(0.5 < side < LARGEST_SIDE for side in sides):  # after `to_empty` they hold anything
-                signature = write_signature(self._signature, (round(sides[0]), round(sides[1])), self.signature.device)
-                if not torch.equal(signature, self.signature):  # the grid was changed, or an average moved the bits
-                    with torch.no_grad():
-                        self.signature.copy_(signature)
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
-        self.check_state_dict(state_dict, prefix)
-        assign = local_metadata.get('assign_to_params_buffers', False)
-        tensors = dict(state_dict)
-        grid = saved_reference_grid(state_dict, prefix)
-        if grid is not None:
-            device = state_dict[f'{prefix}reference_grid'].device if assign else self.reference_grid.device
-            self._undecided = False
-            tensors[f'{prefix}reference_grid'] = torch.tensor(grid, device=device, dtype=torch.float32)
-            # weights from elsewhere have no signature, and one written by another version may differ in length
-            tensors[f'{prefix}signature'] = write_signature(self._signature, grid, device)
-        elif not self.signature.is_meta:
-            tensors[f'{prefix}signature'] = self.signature.detach().clone()
-        freqs = tensors.get(f'{prefix}freqs')
-        if assign and isinstance(freqs, Tensor) and freqs.dtype.itemsize < 4:
-            tensors[f'{prefix}freqs'] = freqs.float()  # learned frequencies stay float32 on this road, too
-        super()._load_from_state_dict(tensors, prefix, local_metadata, *args)
-        if not self.learned:
-            # no checkpoint brings fixed frequencies, and after `to_empty` they hold anything
-            if self.freqs.is_meta and not self.reference_grid.is_meta:
-                self.freqs = torch.empty_like(self.freqs, device=self.reference_grid.device)
-            self.init_non_persistent_buffers()
-
-    # -- copies and display
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, '_cache': PayloadCache()}
-
-    def _replicate_for_data_parallel(self):
-        # replicas hold fresh tensors in every forward and run in threads: they share no cache
-        replica = super()._replicate_for_data_parallel()
-        replica._cache = PayloadCache()
-        return replica
+    # -- display
 
     def extra_repr(self) -> str:
         grid = 'meta' if self.reference_grid.is_meta else tuple(round(side) for side in self.reference_grid.tolist())
@@ -509,32 +337,3 @@ class RotaryEncoding(HasReferenceGrid):
             f'{self.name}, head_dim={self.head_dim}, num_heads={self.num_heads}, depth={self.depth}, '
             f'reference_grid={grid}{options}, freqs={tuple(self.freqs.shape)}'
             f'{" learned" if self.learned else " fixed"}')
-
-
-@torch.fx.wrap
-def per_block(identity: Tensor, table: Tensor, num_prefix_tokens: int, depth: int) -> List[Tensor]:
-    """Payloads (L or 1, H or 1, N, W) with that of the prefix tokens in front -> one (H or 1, ..., W) per block."""
-    if num_prefix_tokens > 0:
-        table = torch.cat((identity.expand(-1, -1, num_prefix_tokens, -1), table), dim=2)
-    if table.shape[0] == 1:
-        shared = table[0]
-        return [shared for _ in range(depth)]
-    return list(table.unbind(0))
-
-
-@torch.fx.wrap
-def keep_tokens(payload: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Payload of the patches that patch dropout kept.
-
-    Args:
-        payload: (H or 1, prefix + N, W).
-        keep_indices: (B, K), patches kept in each image, without the prefix tokens.
-        num_prefix_tokens: Tokens in front, always kept.
-
-    Returns:
-        (B, H or 1, prefix + K, W).
-    """
-    batch = keep_indices.shape[0]
-    prefix = torch.arange(num_prefix_tokens, device=keep_indices.device).unsqueeze(0).expand(batch, -1)
-    index = torch.cat((prefix, keep_indices + num_prefix_tokens), dim=1)
-    return payload[:, index].transpose(0, 1)

@@ -23,18 +23,18 @@ def axial(x: List[float], y: List[float]) -> List[List[float]]:
     return [x + [0.0] * len(y), [0.0] * len(x) + y]
 
 
-def turned_basis(magnitudes: Tensor, turn: Tensor) -> Tensor:
+def turned_basis(lengths: List[float], angle: Tensor) -> Tensor:
     """Axial wave vectors turned together by an angle, the initialisation of RoPE-Mixed (arXiv 2403.13298, section 3.2).
 
     Args:
-        magnitudes: (P,), length of each wave vector; the second half of the pairs is 90 degrees from the first.
-        turn: (..., 1), angle in radians.
+        lengths: P lengths of wave vectors; the second half of the pairs is 90 degrees from the first.
+        angle: (..., 1), in radians.
 
     Returns:
         (2, ..., P), x first.
     """
-    count = magnitudes.shape[-1]
+    magnitudes = torch.tensor(lengths, device=angle.device, dtype=angle.dtype)
     quarter = torch.zeros_like(magnitudes)
-    quarter[(count + 1) // 2:] = math.pi / 2
-    angle = turn + quarter
-    return torch.stack((magnitudes * angle.cos(), magnitudes * angle.sin()))
+    quarter[(len(lengths) + 1) // 2:] = math.pi / 2
+    angles = angle + quarter
+    return torch.stack((magnitudes * angles.cos(), magnitudes * angles.sin()))

@@ -1,5 +1,5 @@
 """Axial: half of the channel pairs turn with the column, half with the row."""
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ class Axial(RotaryEncoding, name='axial'):
     def make_rotation(self) -> PairRotation:
         return PairRotation(self.head_dim, 2 * check_group(self.head_dim, 4, self.name))
 
-    def initial_freqs(self) -> Tensor:
+    def initial_freqs(self) -> Any:
         w = geometric(self.rotation.groups // 2, self.options['temperature'])
-        return torch.tensor(axial(w, w), device=self.freqs.device, dtype=self.freqs.dtype).view_as(self.freqs)
+        return axial(w, w)
 
 
 class AxialLearned(Axial, name='axial_learned'):
@@ -51,9 +51,9 @@ class AxialLearned(Axial, name='axial_learned'):
     def freqs_shape(self, layers: int, heads: int) -> Tuple[int, ...]:
         return 1, layers, heads, self.rotation.groups
 
-    def initial_freqs(self) -> Tensor:
+    def initial_freqs(self) -> Any:
         w = geometric(self.rotation.groups // 2, self.options['temperature'])
-        return torch.tensor(w + w, device=self.freqs.device, dtype=self.freqs.dtype).expand_as(self.freqs)
+        return w + w
 
     def frequencies(self) -> Tensor:
         half = self.rotation.groups // 2

@@ -56,38 +56,3 @@ class LieRE(RotaryEncoding, name='liere'):
 
     def freqs_for(self, frequencies: Tensor) -> Tensor:
         return frequencies.flatten(2, 3)
-
-    def wave_vectors(self) -> Tensor:
-        generators = self.frequencies()
-        held, block, entry = self._pairs(self.head_dim // 2)
-        coupling = generators.clone()
-        coupling[..., block, entry] = 0
-        if bool(coupling.any()):
-            raise ValueError(
-                f'the generators of {self.name!r} with block {self.rotation.size} couple more than channel pairs')
-        vectors = generators.new_zeros(*generators.shape[:3], self.head_dim // 2)
-        vectors[..., held] = -generators[..., block, entry]
-        return vectors
-
-    def freqs_for_wave_vectors(self, vectors: Tensor) -> Tensor:
-        held, block, entry = self._pairs(vectors.shape[-1])
-        if bool(vectors[..., ~held].any()):
-            even = [size for size in range(2, self.head_dim + 1, 2) if self.head_dim // 2 * 2 % size == 0]
-            raise ValueError(
-                f'{self.name!r} with block {self.rotation.size} leaves pairs of head_dim {self.head_dim} unrotated or '
-                f'splits them between blocks; block {", ".join(map(str, even))} would hold them')
-        size = self.rotation.size
-        generators = vectors.new_zeros(*vectors.shape[:3], self.rotation.groups, size * (size - 1) // 2)
-        generators[..., block, entry] = -vectors[..., held]
-        return self.freqs_for(generators)
-
-    def _pairs(self, count: int) -> Tuple[Tensor, Tensor, Tensor]:
-        """Which of the first pairs of a head lie inside one block (count,), and for those their block and their entry.
-
-        The entry is that of (row, row + 1) in the strict upper triangle. Its exponential turns the pair clockwise.
-        """
-        size = self.rotation.size
-        channel = 2 * torch.arange(count, device=self.freqs.device)
-        held = (channel % size + 1 < size) & (channel // size < self.rotation.groups)
-        row = channel[held] % size
-        return held, channel[held] // size, row * (2 * size - row - 1) // 2

@@ -34,7 +34,5 @@ class Mixed(RotaryEncoding, name='mixed'):
         pairs = self.rotation.groups
         half = (pairs + 1) // 2
         w = geometric(half, self.options['temperature'])
-        magnitudes = torch.tensor(w + w[:pairs - half], device=self.freqs.device, dtype=self.freqs.dtype)
-        turn = 2 * torch.pi * torch.rand(
-            self.freqs.shape[1], self.freqs.shape[2], 1, device=self.freqs.device, dtype=self.freqs.dtype)
-        return turned_basis(magnitudes, turn)
+        angle = 2 * torch.pi * torch.rand_like(self.freqs[0, ..., :1])
+        return turned_basis(w + w[:pairs - half], angle)

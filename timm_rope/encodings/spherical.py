@@ -1,6 +1,5 @@
 """Spherical: channel triplets turn about two orthogonal axes, one for each axis of the image."""
-import torch
-from torch import Tensor
+from typing import List
 
 from .._checks import check_choice, check_group
 from ..rotations.formulas import TripletRotation
@@ -33,9 +32,8 @@ class Spherical(RotaryEncoding, name='spherical'):
         order = check_choice(self.options['order'], ORDERS, 'order')
         return TripletRotation(self.head_dim, check_group(self.head_dim, 3, self.name), order)
 
-    def initial_freqs(self) -> Tensor:
-        w = geometric(self.rotation.groups, self.options['temperature'])
-        return torch.tensor(w, device=self.freqs.device, dtype=self.freqs.dtype).expand_as(self.freqs)
+    def initial_freqs(self) -> List[float]:
+        return geometric(self.rotation.groups, self.options['temperature'])
 
 
 class SphericalLearned(Spherical, name='spherical_learned'):

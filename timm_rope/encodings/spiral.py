@@ -69,15 +69,14 @@ class Spiral(RotaryEncoding, name='spiral'):
         rotation = ClampedPairRotation if self.options['clamp'] else PairRotation
         return rotation(self.head_dim, self.head_dim // 2)
 
-    def initial_freqs(self) -> Tensor:
+    def initial_freqs(self) -> List[List[float]]:
         half = self.rotation.groups // 2
         theta = [self.options['scale'] * w for w in geometric(half, self.options['temperature'])]
-        turns = self.options['directions'] // 2
-        alpha = [math.pi / 2 * (pair // 2 % turns) / turns for pair in range(2 * half)]
+        angles = self.options['directions'] // 2
+        alpha = [math.pi / 2 * (pair // 2 % angles) / angles for pair in range(2 * half)]
         row = [(w * math.sin(a), w * math.cos(a)) for w, a in zip(theta, alpha[:half])]
         column = [(w * math.cos(a), -w * math.sin(a)) for w, a in zip(theta, alpha[half:])]
-        freqs = torch.tensor(row + column, device=self.freqs.device, dtype=self.freqs.dtype)
-        return freqs.T.reshape(self.freqs.shape)
+        return [list(axis) for axis in zip(*row, *column)]
 
 
 def directions_of(head_dim: int) -> List[int]:

@@ -1,6 +1,5 @@
 """Uniform: axial with a single frequency."""
-import torch
-from torch import Tensor
+from typing import List
 
 from .._checks import check_group
 from ..rotations.formulas import PairRotation
@@ -31,6 +30,6 @@ class Uniform(RotaryEncoding, name='uniform'):
     def no_scaling(self) -> str:
         return 'there is one frequency, and those rules tell high ones from low ones'
 
-    def initial_freqs(self) -> Tensor:
+    def initial_freqs(self) -> List[List[float]]:
         w = [1.] * (self.rotation.groups // 2)
-        return torch.tensor(axial(w, w), device=self.freqs.device, dtype=self.freqs.dtype).view_as(self.freqs)
+        return axial(w, w)

@@ -9,12 +9,12 @@ import copy
 from typing import Any, Dict, List, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..encodings import create_rope, list_ropes
-from ..encodings._base import ENCODINGS, USAGE, RotaryEncoding
+from ..encodings import RotaryEncoding
+from ..encodings._exact import convert_rope
 from ..encodings._saved import encoding_prefix, read_encoding
-from ..positions.coordinates import read_grid
+from ..encodings._usage import USAGE
 from ..rotations.formulas import Rotation
 
 SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'custom_load')
@@ -50,7 +50,7 @@ def convert_encoding(source: Any, name: str, *, num_heads: Optional[int] = None,
     ropes = [source] if isinstance(source, RotaryEncoding) else _ropes_of(source)
     if num_heads not in (None, ropes[0].num_heads):
         raise ValueError(f'num_heads is {ropes[0].num_heads} in this model, got {num_heads!r}; it need not be given.')
-    targets = {id(rope): _convert_rope(rope, name, options) for rope in ropes}
+    targets = {id(rope): convert_rope(rope, name, options) for rope in ropes}
     target = targets[id(ropes[0])]
     if ropes[0] is source:
         return target
@@ -85,109 +85,6 @@ def _is_swin(model: Any) -> bool:
     from .swin import RopeSwinTransformer
 
     return isinstance(model, RopeSwinTransformer)
-
-
-# -- encodings
-
-def _convert_rope(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> RotaryEncoding:
-    if source.freqs.is_meta:
-        raise ValueError('The model is on the meta device, where frequencies have no values: load its weights first.')
-    with torch.inference_mode(False), torch.no_grad():
-        try:
-            target = _create(source, name, options)
-            freqs = _freqs(source, target)
-        except _NoExactForm as error:
-            possible = ', '.join(map(repr, _possible(source))) or 'none'
-            raise ValueError(
-                f'No exact way from {source.name!r} to {name!r}: {error}. '
-                f'Exact for these frequencies, with default options: {possible}.') from None
-        target.freqs.copy_(freqs)
-        target = target.to(source.freqs.device)
-    if source.learned:
-        target.freqs.requires_grad_(source.freqs.requires_grad)
-    return target.train(source.training)
-
-
-class _NoExactForm(ValueError):
-    """Its message is a reason, without a full stop."""
-
-
-def _create(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> RotaryEncoding:
-    """The target on the CPU, with frequencies still to be filled in."""
-    given = {key.removeprefix('rope_') for key in options}
-    if 'reference_grid' in given:
-        raise ValueError('reference_grid belongs to the weights and is carried over; it cannot be given.')
-    carried: Dict[str, Any] = {}
-    if name in ENCODINGS:
-        cls = ENCODINGS[name]
-        if not cls.learned:
-            raise _NoExactForm('its frequencies are fixed')
-        carried = {k: v for k, v in source.options.items() if k in cls.option_defaults() and k not in given}
-        carried.update({k: v for k, v in source.usage.items() if k not in given})
-    with torch.random.fork_rng(devices=[]):  # the initial frequencies are not used
-        return create_rope(
-            name, source.head_dim, source.num_heads, source.depth, read_grid(source.reference_grid, 'reference_grid'),
-            'cpu', source.freqs.dtype, **carried, **options)
-
-
-def _freqs(source: RotaryEncoding, target: RotaryEncoding) -> Tensor:
-    """Value of the target's `freqs` that gives the function of the source."""
-    scale = _scale(source, target)
-    try:
-        if _form(source.rotation) == _form(target.rotation):
-            return target.freqs_for(_shared(source.frequencies().cpu() * scale, target))
-        return target.freqs_for_wave_vectors(_shared(source.wave_vectors().cpu() * scale, target))
-    except _NoExactForm:
-        raise
-    except ValueError as error:
-        raise _NoExactForm(error) from None
-
-
-def _form(rotation: Rotation) -> Any:
-    """What two rotations share that make the same of the same frequencies."""
-    return type(rotation), {k: v for k, v in vars(rotation).items() if k[0] != '_' and k != 'training'}
-
-
-def _scale(source: RotaryEncoding, target: RotaryEncoding) -> float:
-    """The source's coordinates in units of the target's."""
-    if source.coords != target.coords:
-        raise _NoExactForm(
-            f'coordinates {source.coords!r} and {target.coords!r} differ in origin or step, and prefix tokens, which '
-            f'do not turn, see the origin')
-    if source.coords == 'index':
-        return 1.
-    if source.centered != target.centered:
-        places = ['the middle' if rope.centered else 'the corner' for rope in (source, target)]
-        raise _NoExactForm(
-            f'the coordinates {source.coords!r} have their origin in {places[0]} of the image here and in {places[1]} '
-            f'there, and prefix tokens, which do not turn, see the origin')
-    return source.span / target.span
-
-
-def _shared(values: Tensor, target: RotaryEncoding) -> Tensor:
-    """Values (2, L or 1, H or 1, ...) for as many layers and heads as the target keeps."""
-    for axis, option, count in ((1, 'share_layers', target.depth), (2, 'share_heads', target.num_heads)):
-        if not target.options[option]:
-            values = values.expand(*(count if i == axis else -1 for i in range(values.ndim)))
-        else:
-            first = values.narrow(axis, 0, 1)
-            spread = (values - first).abs().max().item()
-            if spread:
-                raise _NoExactForm(f'{option}=True needs equal frequencies, these differ by up to {spread:.3g}')
-            values = first
-    return values
-
-
-def _possible(source: RotaryEncoding) -> List[str]:
-    names = []
-    for name in list_ropes():
-        try:
-            _freqs(source, _create(source, name, {}))
-        except ValueError:
-            continue
-        if name != source.name:
-            names.append(name)
-    return names
 
 
 # -- models
@@ -233,7 +130,7 @@ def _twin(architecture: Any, encoding: str, models: Dict[str, Dict[str, Any]]) -
 def _convert_state_dict(
         state_dict: Dict[str, Any], name: str, num_heads: Optional[int], options: Dict[str, Any]) -> Dict[str, Any]:
     prefix = encoding_prefix(state_dict)
-    target = _convert_rope(read_encoding(state_dict, prefix, num_heads), name, options)
+    target = convert_rope(read_encoding(state_dict, prefix, num_heads), name, options)
     device = state_dict[f'{prefix}signature'].device
     tensors = {f'{prefix}{k}': v.detach().to(device) for k, v in target.state_dict().items()}
     out = copy.copy(state_dict)  # keeps torch's `_metadata`

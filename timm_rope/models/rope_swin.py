@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Dict, List
 
 from timm.models import generate_default_cfgs
 
-from ..encodings._base import ENCODINGS
+from ..encodings import ENCODINGS
 from .entrypoints import NAVER, imagenet_cfg, register
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Dict, List
 
 from timm.models import generate_default_cfgs
 
-from ..encodings import list_ropes
-from ..encodings._base import ENCODINGS
+from ..encodings import ENCODINGS, list_ropes
 from .entrypoints import NAVER, imagenet_cfg, register
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from .._checks import check_choice, check_integer
-from ..encodings import create_rope
-from ..encodings._base import RotaryEncoding, keep_tokens
+from ..encodings import RotaryEncoding, create_rope
+from ..encodings._payloads import keep_tokens
 from ..weights.fit_vit import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
 from ..weights.fit_vit import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed

@@ -12,7 +12,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor
 from torch.jit import Final
 
-from ..encodings._base import RotaryEncoding
+from ..encodings import RotaryEncoding
 from ..kernels import owned, rotate, unpack
 
 

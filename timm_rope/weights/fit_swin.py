@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterable, List, Tuple
 from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
 from torch import Tensor
 
-from ..encodings._base import RotaryEncoding
+from ..encodings import RotaryEncoding
 from .layouts import NaverSwin, Weights, find_layout, recognise
 from .layouts.timm_swin import ROPE
 from .mismatches import names_of, other_encoding, refuse_mismatches, shape_of, warm_start_hint

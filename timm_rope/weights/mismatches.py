@@ -4,7 +4,7 @@ from typing import Any, Callable, Dict, Iterable, List, Tuple
 
 from torch import Tensor
 
-from ..encodings._base import RotaryEncoding
+from ..encodings import RotaryEncoding
 from ..encodings._signature import read_signature, signature_conflicts
 from .layouts import Weights, first
 

@@ -14,7 +14,7 @@ import timm
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ...encodings._base import RotaryEncoding
+from ...encodings import RotaryEncoding
 from ...positions.coordinates import read_grid
 from ...weights.files import read_weights
 from ...weights.fit_swin import fit as fit_swin

@@ -1,0 +1,177 @@
+"""Encodings as special cases of others: the frequencies of one that make it the same function as another.
+
+Encodings whose channel pairs turn each by one wave vector, axial and uniform, mixed and spiral, can be told in those
+vectors; a block of LieRE holds pairs as generators that couple nothing else. Triplets are told by their frequencies.
+"""
+from typing import Any, Dict, List, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..positions.coordinates import read_grid
+from ..rotations.formulas import BlockRotation, PairRotation, Rotation
+from . import create_rope, list_ropes
+from ._base import ENCODINGS, RotaryEncoding
+
+
+def convert_rope(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> RotaryEncoding:
+    if source.freqs.is_meta:
+        raise ValueError('The model is on the meta device, where frequencies have no values: load its weights first.')
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            target = _create(source, name, options)
+            freqs = _freqs(source, target)
+        except _NoExactForm as error:
+            possible = ', '.join(map(repr, _possible(source))) or 'none'
+            raise ValueError(
+                f'No exact way from {source.name!r} to {name!r}: {error}. '
+                f'Exact for these frequencies, with default options: {possible}.') from None
+        target.freqs.copy_(freqs)
+        target = target.to(source.freqs.device)
+    if source.learned:
+        target.freqs.requires_grad_(source.freqs.requires_grad)
+    return target.train(source.training)
+
+
+class _NoExactForm(ValueError):
+    """Its message is a reason, without a full stop."""
+
+
+def _create(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> RotaryEncoding:
+    """The target on the CPU, with frequencies still to be filled in."""
+    given = {key.removeprefix('rope_') for key in options}
+    if 'reference_grid' in given:
+        raise ValueError('reference_grid belongs to the weights and is carried over; it cannot be given.')
+    carried: Dict[str, Any] = {}
+    if name in ENCODINGS:
+        cls = ENCODINGS[name]
+        if not cls.learned:
+            raise _NoExactForm('its frequencies are fixed')
+        carried = {k: v for k, v in source.options.items() if k in cls.option_defaults() and k not in given}
+        carried.update({k: v for k, v in source.usage.items() if k not in given})
+    with torch.random.fork_rng(devices=[]):  # the initial frequencies are not used
+        return create_rope(
+            name, source.head_dim, source.num_heads, source.depth, read_grid(source.reference_grid, 'reference_grid'),
+            'cpu', source.freqs.dtype, **carried, **options)
+
+
+def _freqs(source: RotaryEncoding, target: RotaryEncoding) -> Tensor:
+    """Value of the target's `freqs` that gives the function of the source."""
+    scale = _scale(source, target)
+    try:
+        if _form(source.rotation) == _form(target.rotation):
+            return target.freqs_for(_shared(source.frequencies().cpu() * scale, target))
+        return freqs_for_wave_vectors(target, _shared(wave_vectors(source).cpu() * scale, target))
+    except _NoExactForm:
+        raise
+    except ValueError as error:
+        raise _NoExactForm(error) from None
+
+
+def _form(rotation: Rotation) -> Any:
+    """What two rotations share that make the same of the same frequencies."""
+    return type(rotation), {k: v for k, v in vars(rotation).items() if k[0] != '_' and k != 'training'}
+
+
+def _scale(source: RotaryEncoding, target: RotaryEncoding) -> float:
+    """The source's coordinates in units of the target's."""
+    if source.coords != target.coords:
+        raise _NoExactForm(
+            f'coordinates {source.coords!r} and {target.coords!r} differ in origin or step, and prefix tokens, which '
+            f'do not turn, see the origin')
+    if source.coords == 'index':
+        return 1.
+    if source.centered != target.centered:
+        places = ['the middle' if rope.centered else 'the corner' for rope in (source, target)]
+        raise _NoExactForm(
+            f'the coordinates {source.coords!r} have their origin in {places[0]} of the image here and in {places[1]} '
+            f'there, and prefix tokens, which do not turn, see the origin')
+    return source.span / target.span
+
+
+def _shared(values: Tensor, target: RotaryEncoding) -> Tensor:
+    """Values (2, L or 1, H or 1, ...) for as many layers and heads as the target keeps."""
+    for axis, option, count in ((1, 'share_layers', target.depth), (2, 'share_heads', target.num_heads)):
+        if not target.options[option]:
+            values = values.expand(*(count if i == axis else -1 for i in range(values.ndim)))
+        else:
+            first = values.narrow(axis, 0, 1)
+            spread = (values - first).abs().max().item()
+            if spread:
+                raise _NoExactForm(f'{option}=True needs equal frequencies, these differ by up to {spread:.3g}')
+            values = first
+    return values
+
+
+def _possible(source: RotaryEncoding) -> List[str]:
+    names = []
+    for name in list_ropes():
+        try:
+            _freqs(source, _create(source, name, {}))
+        except ValueError:
+            continue
+        if name != source.name:
+            names.append(name)
+    return names
+
+
+# -- wave vectors of the pairs (2k, 2k+1), which turn counter-clockwise
+
+def wave_vectors(rope: RotaryEncoding) -> Tensor:
+    """Wave vectors of the pairs, (2, L or 1, H or 1, P), x first, in radians per unit of coordinate.
+
+    Raises:
+        ValueError: The rotation is not described by wave vectors of pairs; the message is a reason.
+    """
+    if type(rope.rotation) is PairRotation:  # its subclasses turn by other angles
+        return rope.frequencies()
+    if not isinstance(rope.rotation, BlockRotation):
+        raise ValueError(f'{rope._signature} does not turn each channel pair by one wave vector')
+    generators = rope.frequencies()
+    held, block, entry = _pairs_in_blocks(rope, rope.head_dim // 2)
+    coupling = generators.clone()
+    coupling[..., block, entry] = 0
+    if bool(coupling.any()):
+        raise ValueError(
+            f'the generators of {rope.name!r} with block {rope.rotation.size} couple more than channel pairs')
+    vectors = generators.new_zeros(*generators.shape[:3], rope.head_dim // 2)
+    vectors[..., held] = -generators[..., block, entry]
+    return vectors
+
+
+def freqs_for_wave_vectors(rope: RotaryEncoding, vectors: Tensor) -> Tensor:
+    """What `freqs` must hold to turn the pairs by (2, L, H, P) wave vectors; pairs beyond P stay unrotated.
+
+    Raises:
+        ValueError: No `freqs` do; the message is a reason.
+    """
+    if type(rope.rotation) is PairRotation:
+        groups = rope.rotation.groups
+        if bool(vectors[..., groups:].any()):
+            raise ValueError(f'{rope.name!r} leaves the pairs beyond the first {groups} of a head unrotated')
+        return rope.freqs_for(F.pad(vectors[..., :groups], [0, max(0, groups - vectors.shape[-1])]))
+    if not isinstance(rope.rotation, BlockRotation):
+        raise ValueError(f'{rope.name!r} does not turn channel pairs')
+    held, block, entry = _pairs_in_blocks(rope, vectors.shape[-1])
+    size = rope.rotation.size
+    if bool(vectors[..., ~held].any()):
+        even = [n for n in range(2, rope.head_dim + 1, 2) if rope.head_dim // 2 * 2 % n == 0]
+        raise ValueError(
+            f'{rope.name!r} with block {size} leaves pairs of head_dim {rope.head_dim} unrotated or splits them '
+            f'between blocks; block {", ".join(map(str, even))} would hold them')
+    generators = vectors.new_zeros(*vectors.shape[:3], rope.rotation.groups, size * (size - 1) // 2)
+    generators[..., block, entry] = -vectors[..., held]
+    return rope.freqs_for(generators)
+
+
+def _pairs_in_blocks(rope: RotaryEncoding, count: int) -> Tuple[Tensor, Tensor, Tensor]:
+    """Which of the first pairs of a head lie inside one block (count,), and for those their block and their entry.
+
+    The entry is that of (row, row + 1) in the strict upper triangle. Its exponential turns the pair clockwise.
+    """
+    size = rope.rotation.size
+    channel = 2 * torch.arange(count, device=rope.freqs.device)
+    held = (channel % size + 1 < size) & (channel // size < rope.rotation.groups)
+    row = channel[held] % size
+    return held, channel[held] // size, row * (2 * size - row - 1) // 2

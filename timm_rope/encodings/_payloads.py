@@ -1,0 +1,34 @@
+"""Payloads of all positions: one for each block, with prefix tokens in front, for the tokens that were kept."""
+from typing import List
+
+import torch
+from torch import Tensor
+
+
+@torch.fx.wrap
+def per_block(identity: Tensor, table: Tensor, num_prefix_tokens: int, depth: int) -> List[Tensor]:
+    """Payloads (L or 1, H or 1, N, W) with that of the prefix tokens in front -> one (H or 1, ..., W) per block."""
+    if num_prefix_tokens > 0:
+        table = torch.cat((identity.expand(-1, -1, num_prefix_tokens, -1), table), dim=2)
+    if table.shape[0] == 1:
+        shared = table[0]
+        return [shared for _ in range(depth)]
+    return list(table.unbind(0))
+
+
+@torch.fx.wrap
+def keep_tokens(payload: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Payload of the patches that patch dropout kept.
+
+    Args:
+        payload: (H or 1, prefix + N, W).
+        keep_indices: (B, K), patches kept in each image, without the prefix tokens.
+        num_prefix_tokens: Tokens in front, always kept.
+
+    Returns:
+        (B, H or 1, prefix + K, W).
+    """
+    batch = keep_indices.shape[0]
+    prefix = torch.arange(num_prefix_tokens, device=keep_indices.device).unsqueeze(0).expand(batch, -1)
+    index = torch.cat((prefix, keep_indices + num_prefix_tokens), dim=1)
+    return payload[:, index].transpose(0, 1)
