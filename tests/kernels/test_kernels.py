@@ -5,8 +5,7 @@ from tiny import make
 from torch import nn
 
 import timm_rope
-from timm_rope import kernels
-from timm_rope.kernels import rotate, unpack
+from timm_rope.kernels import rotate, routes, unpack
 from timm_rope.kernels.cpu import diagonals, packing
 
 HEADS, GRID, PREFIX = 3, (3, 4), 1
@@ -28,20 +27,20 @@ IDS = [f'{name}-{dim}-{"-".join(map(str, options.values()))}' for name, dim, opt
 @pytest.fixture
 def choose(monkeypatch):
     """Sets the route."""
-    return lambda route: monkeypatch.setenv(kernels.VARIABLE, route)
+    return lambda route: monkeypatch.setenv(routes.VARIABLE, route)
 
 
 @pytest.fixture
 def taken(monkeypatch):
     """Names of the routes that `rotate` takes, in order."""
-    names, original = [], kernels.find_route
+    names, original = [], routes.find_route
 
     def noticed(*args):
         route = original(*args)
         names.append('formula' if route is None else route.NAME)
         return route
 
-    monkeypatch.setattr(kernels, 'find_route', noticed)
+    monkeypatch.setattr(routes, 'find_route', noticed)
     return names
 
 
@@ -179,8 +178,8 @@ def test_gradients_of_any_layout(case, choose):
 
 def test_a_payload_for_each_image(choose, taken):
     index = torch.tensor([[0, 2, 3, 5, 7], [1, 4, 6, 8, 9]])
-    for name, routes in (('mixed', {'inplace'}), ('spherical', {'inplace'}), ('spherical_learned', {'inplace'}),
-                         ('liere', {'formula'})):
+    for name, expected in (('mixed', {'inplace'}), ('spherical', {'inplace'}), ('spherical_learned', {'inplace'}),
+                           ('liere', {'formula'})):
         rope, leaf = encoding(name, 8, {}), projection(8)
         both = []
         for route in ('formula', 'auto'):
@@ -191,7 +190,7 @@ def test_a_payload_for_each_image(choose, taken):
             q, k, v = rotate(leaf[:, :5] * 1, payload, rope.rotation, HEADS)
             (q * torch.arange(q.numel()).view_as(q)).sum().backward()
             both.append((q.detach(), k.detach(), leaf.grad, rope.freqs.grad if rope.learned else None))
-        assert set(taken) == routes
+        assert set(taken) == expected
         for a, b in zip(*both):
             assert a is b is None or torch.allclose(a, b, atol=1e-11)
 
@@ -252,10 +251,10 @@ def test_pieces_cover_every_image(case, images, choose, monkeypatch):
 @pytest.mark.parametrize('case', [CASES[8], CASES[9], CASES[12], CASES[14]], ids=lambda case: case[0])
 def test_derived_tables_follow_their_payload(case, choose):
     """Made once for a payload that stays, anew when its values change, and forgotten with it."""
-    from timm_rope.kernels.cpu import memo
+    from timm_rope.kernels.cpu import derived_cache
 
     rope, leaf = encoding(*case), projection(case[1]).detach()
-    before = len(memo._tables)
+    before = len(derived_cache._tables)
     payload = rope(GRID, PREFIX)[1].detach()
 
     def turned(payload):
@@ -263,20 +262,21 @@ def test_derived_tables_follow_their_payload(case, choose):
 
     choose('inplace')
     first = turned(payload)
-    tables = memo._tables[payload]
-    assert torch.equal(turned(payload), first) and memo._tables[payload] is tables and len(memo._tables) == before + 1
+    tables = derived_cache._tables[payload]
+    assert torch.equal(turned(payload), first) and derived_cache._tables[payload] is tables
+    assert len(derived_cache._tables) == before + 1
     payload.copy_(rope((3, 4), PREFIX)[0].detach().flip(1))
     changed = turned(payload)
     choose('formula')
     assert torch.allclose(turned(payload), changed, atol=1e-12) and not torch.allclose(changed, first)
-    assert len(memo._tables[payload]) == 1
+    assert len(derived_cache._tables[payload]) == 1
     del payload
-    assert len(memo._tables) == before
+    assert len(derived_cache._tables) == before
     learned = rope(GRID, PREFIX)[1]
     if learned.requires_grad:
         choose('inplace')
         rotate(projection(case[1]) * 1, learned, rope.rotation, HEADS)
-        assert len(memo._tables) == before, 'a payload of training does not stay'
+        assert len(derived_cache._tables) == before, 'a payload of training does not stay'
 
 
 # -- which route
@@ -350,8 +350,8 @@ def test_the_environment_names_the_route(choose, taken):
 
 
 def test_a_missing_route_is_no_error(monkeypatch, choose, taken):
-    monkeypatch.setitem(kernels.MODULES, 'inplace', '.deleted')
-    kernels.load_route.cache_clear()
+    monkeypatch.setitem(routes.MODULES, 'inplace', '.deleted')
+    routes.load_route.cache_clear()
     try:
         rope = encoding('mixed', 8, {})
         rotate(projection(8).detach(), rope(GRID, PREFIX)[0], rope.rotation, HEADS)
@@ -360,7 +360,7 @@ def test_a_missing_route_is_no_error(monkeypatch, choose, taken):
         with pytest.raises(RuntimeError, match='TIMM_ROPE_KERNEL=inplace cannot'):
             rotate(projection(8).detach(), rope(GRID, PREFIX)[0], rope.rotation, HEADS)
     finally:
-        kernels.load_route.cache_clear()
+        routes.load_route.cache_clear()
 
 
 def test_a_route_that_does_not_run_is_left_with_a_warning(monkeypatch, taken):
@@ -370,7 +370,7 @@ def test_a_route_that_does_not_run_is_left_with_a_warning(monkeypatch, taken):
         raise RuntimeError('Failed to find C compiler.')
 
     monkeypatch.setattr(inplace, 'probe', probe, raising=False)
-    kernels.load_route.cache_clear()
+    routes.load_route.cache_clear()
     try:
         rope = encoding('mixed', 8, {})
         with pytest.warns(UserWarning, match='inplace kernels do not run here.*RuntimeError: Failed to find C comp'):
@@ -378,12 +378,12 @@ def test_a_route_that_does_not_run_is_left_with_a_warning(monkeypatch, taken):
         rotate(projection(8).detach(), rope(GRID, PREFIX)[0], rope.rotation, HEADS)  # no second warning
         assert taken == ['formula', 'formula']
     finally:
-        kernels.load_route.cache_clear()
+        routes.load_route.cache_clear()
 
 
 def test_every_row_of_the_table_names_a_route():
-    for row in kernels.TABLE:
-        assert row.route in kernels.ROUTES[1:] and row.measured
+    for row in routes.TABLE:
+        assert row.route in routes.ROUTES[1:] and row.measured
         assert issubclass(row.rotation, timm_rope.rotations.formulas.Rotation)
 
 

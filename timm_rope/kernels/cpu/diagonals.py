@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...rotations.formulas import BlockRotation, Rotation, TripletRotation
-from .memo import derived
+from .derived_cache import cached_table
 
 Matrix = List[List[Optional[Tensor]]]  # [row][column] -> (H or 1, N, G), None for zero
 Diagonals = Dict[int, Tensor]  # shift -> (N, H * D)
@@ -28,7 +28,7 @@ def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
 
 
 def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
-    diagonals = derived(payload, diagonals_of, rotation, packed.shape[3], False)
+    diagonals = cached_table(payload, diagonals_of, rotation, packed.shape[3], False)
     x = packed[:, :, :2].flatten(3)
     for image, tokens in pieces(x):
         piece = x[image, tokens]
@@ -42,7 +42,7 @@ def turn_back(
     B, H, N, D = dv.shape
     out = dv.new_empty(B, N, 3, H, D)
     out[:, :, 2].copy_(dv.transpose(1, 2))
-    diagonals = derived(payload, diagonals_of, rotation, H, True)
+    diagonals = cached_table(payload, diagonals_of, rotation, H, True)
     sums = {shift: payload.new_zeros(N, H * D) for shift in range(1 - rotation.size, rotation.size)}
     for i, (grad, turned) in enumerate(((dq, q), (dk, k))):
         grad = rows(grad)

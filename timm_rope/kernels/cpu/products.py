@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...rotations.formulas import BlockRotation, Rotation
-from .memo import derived
+from .derived_cache import cached_table
 from .packing import pack, packed_of
 
 BY_IMAGE = False  # few rows to a matrix are slow
@@ -19,7 +19,7 @@ def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
 
 
 def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
-    matrices = derived(payload, matrices_of, rotation)
+    matrices = cached_table(payload, matrices_of, rotation)
     x = fetch(packed, rotation, payload.shape[0] == 1)
     store(packed, torch.bmm(x, matrices.transpose(1, 2)), rotation, payload.shape[0] == 1)
 
@@ -34,7 +34,7 @@ def turn_back(
     sums = None
     if payload_grad and q is not None and k is not None:  # first: the rows may be a view of what is stored to
         sums = torch.bmm(grad.transpose(1, 2), fetch(packed_of(q, k), rotation, shared))
-    store(out, torch.bmm(grad, derived(payload, matrices_of, rotation)), rotation, shared)
+    store(out, torch.bmm(grad, cached_table(payload, matrices_of, rotation)), rotation, shared)
     if sums is None:
         return out, None
     b, count = rotation.size, rotation.groups // blocks(rotation)[0]

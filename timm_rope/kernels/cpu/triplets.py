@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from ...rotations.formulas import Rotation, TripletRotation
-from .memo import derived
-from .packing import images_at_a_time, pack, pieces
-from .pairs import as_complex, even
+from .derived_cache import cached_table
+from .packing import image_ranges, images_at_a_time, pack
+from .pairs import as_complex, viewable_as_complex
 
 BY_IMAGE = True
 
 
 def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
-    return isinstance(rotation, TripletRotation) and even(packed)
+    return isinstance(rotation, TripletRotation) and viewable_as_complex(packed)
 
 
 def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
     x = packed[:, :, :2]
-    for start, turns in derived(payload, steps, rotation):
-        times_(x, start, turns)
+    for start, turns in cached_table(payload, multiplications, rotation):
+        multiply_(x, start, turns)
 
 
 def turn_back(
@@ -41,8 +41,8 @@ def turn_back(
     total = None
     if payload_grad and q is not None and k is not None:
         total = angle_gradient(out, q, k, payload, rotation)
-    for start, turns in reversed(derived(payload, steps, rotation)):
-        times_(out[:, :, :2], start, turns.conj_physical())
+    for start, turns in reversed(cached_table(payload, multiplications, rotation)):
+        multiply_(out[:, :, :2], start, turns.conj_physical())
     return out, total
 
 
@@ -66,7 +66,7 @@ def angle_gradient(grads: Tensor, q: Tensor, k: Tensor, payload: Tensor, rotatio
     sums = {shift: grads.new_zeros(B if each else images_at_a_time(q), N, H * D) for shift in (1, 2)}
     for i, turned in enumerate((q, k)):
         rows = turned.transpose(1, 2).flatten(2)
-        for images in pieces(q):
+        for images in image_ranges(q):
             own = images if each else slice(images.stop - images.start)
             y, g = rows[images], grads[images, :, i].flatten(2)
             for shift, total in sums.items():
@@ -84,7 +84,7 @@ def angle_gradient(grads: Tensor, q: Tensor, k: Tensor, payload: Tensor, rotatio
     return torch.cat((-sin_y * by_y, cos_y * by_y, -sin_x * by_x, cos_x * by_x), dim=-1)
 
 
-def steps(payload: Tensor, rotation: Rotation) -> List[Tuple[int, Tensor]]:
+def multiplications(payload: Tensor, rotation: Rotation) -> List[Tuple[int, Tensor]]:
     """First channel of the view and turns (N, H or 1, pairs) or (B, N, H or 1, pairs) of the three multiplications."""
     parts = payload.unflatten(-1, (4, rotation.groups)).transpose(-3, -4)  # tokens, heads, cos and sin of y and x
     roll = torch.complex(parts[..., 0, :], parts[..., 1, :])
@@ -92,7 +92,7 @@ def steps(payload: Tensor, rotation: Rotation) -> List[Tuple[int, Tensor]]:
     sequence = (roll, yaw) if first_channels(rotation) == (1, 0) else (yaw, roll)
     starts = (1, 0, 1)
     turns = [roll.new_ones(*roll.shape[:-1], (rotation.head_dim - start) // 2) for start in starts]
-    for product, step, groups, pairs in places(rotation):
+    for product, step, groups, pairs in pair_places(rotation):
         turns[product][..., pairs] = sequence[step][..., groups]
     return list(zip(starts, turns))
 
@@ -103,7 +103,7 @@ def first_channels(rotation: Rotation) -> Tuple[int, int]:
     return (1, 0) if rotation.order == 'yx' else (0, 1)
 
 
-def places(rotation: Rotation) -> Iterator[Tuple[int, int, slice, slice]]:
+def pair_places(rotation: Rotation) -> Iterator[Tuple[int, int, slice, slice]]:
     """Which multiplication holds which step of which groups in which of its pairs."""
     for step, channel in enumerate(first_channels(rotation)):
         for odd in (0, 1):  # whether the pair starts at an odd channel of the head
@@ -115,15 +115,15 @@ def places(rotation: Rotation) -> Iterator[Tuple[int, int, slice, slice]]:
             yield product, step, slice(group, None, 2), slice(pair, pair + 3 * count, 3)
 
 
-def times_(x: Tensor, start: int, turns: Tensor) -> None:
+def multiply_(x: Tensor, start: int, turns: Tensor) -> None:
     """Multiply the pairs of channels of every head that begin at `start` by turns, in place."""
-    pairs = seen_from(x, start)
+    pairs = complex_view(x, start)
     pairs.mul_(turns.unsqueeze(-3))
     if start and x.dtype != torch.float32:
         x[..., start:start + 2 * pairs.shape[-1]].copy_(torch.view_as_real(pairs).flatten(-2))
 
 
-def seen_from(x: Tensor, start: int) -> Tensor:
+def complex_view(x: Tensor, start: int) -> Tensor:
     """Channels (start, start + 1), (start + 2, start + 3), ... of every head of x as complex numbers.
 
     From channel 1 it is a view in float32, and a copy in float64.
