@@ -85,7 +85,7 @@ FULL, HALF = (torch.float32, torch.float64), (torch.bfloat16, torch.float16)
 # runs on two cores of a Xeon with AVX-512; a copy takes 0.35, in half precision 0.14. `python benchmarks/rotation.py`.
 TABLE = (
     Row('cpu', FULL, PairRotation, 'inplace', '0.55, 4.7'),
-    Row('cpu', FULL, TripletRotation, 'inplace', '1.6, 6.9'),
+    Row('cpu', FULL, TripletRotation, 'inplace', '1.6, 6.9'),  # an odd head_dim takes the formula
     Row('cpu', FULL + HALF, BlockRotation, 'formula', '4096 patches of one image: 94, 21; of two: 98, 69', few_rows),
     Row('cpu', FULL, BlockRotation, 'inplace', 'blocks of 2: 2.0, 9.0; of 8: 3.2, 5.1; of 64: 4.9, 7.8'),
     Row('cpu', HALF, PairRotation, 'inplace', '1.5, 4.8'),

@@ -1,8 +1,8 @@
 """The route of the CPU: whole-tensor operations of torch, in place.
 
-What turns how is in three engines with the functions of a route, each for float32 or float64: `pairs`, `diagonals`
-(triplets and small blocks), `products` (large blocks). bfloat16 and float16, for which torch has no complex numbers
-and slow arithmetic, go through float32, a few images at a time, so that the copy stays in the cache.
+Each kind of rotation has an engine with the functions of a route, for float32 and float64: `pairs`, `triplets` and
+`products` for blocks. bfloat16 and float16, for which torch has no complex numbers and slow arithmetic, go through
+float32, a few images at a time, so that the copy stays in the cache.
 """
 from typing import Iterator, Optional, Protocol, Tuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...rotations.formulas import PairRotation, Rotation, TripletRotation
 from .. import routes
-from . import diagonals, pairs, products, triplets
+from . import pairs, products, triplets
 from .packing import image_ranges
 
 NAME = 'inplace'
@@ -24,12 +24,10 @@ class CpuEngine(routes.Engine, Protocol):
 
 
 def engine_for(rotation: Rotation) -> CpuEngine:
-    """The engine that is the fastest for a kind of rotation."""
+    """The engine for a kind of rotation."""
     if isinstance(rotation, PairRotation):
         return pairs
-    if isinstance(rotation, TripletRotation) and rotation.head_dim % 2 == 0:
-        return triplets
-    return diagonals if rotation.size <= diagonals.LARGEST else products
+    return triplets if isinstance(rotation, TripletRotation) else products
 
 
 def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:

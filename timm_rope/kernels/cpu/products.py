@@ -1,4 +1,4 @@
-"""Large blocks of channels by batched products: queries and keys that share a matrix are the rows of one product."""
+"""Blocks of channels by batched products: queries and keys that share a matrix are the rows of one product."""
 import functools
 from typing import Optional, Tuple
 
