@@ -2,6 +2,7 @@
 
     rotate.py       the op and its backward pass
     routes.py       which route takes which input, and the measurements behind that
+    guard.py        what happens where a route fails or turns wrongly
     cpu/, triton/   the routes
 """
 from .rotate import does_nothing as does_nothing

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._precision import without_autocast
 from .._tracing import unobserved
 from ..rotations.formulas import Rotation
-from . import routes
+from . import guard, routes
 
 
 def rotate(
@@ -72,12 +72,21 @@ def does_nothing(module: nn.Module) -> bool:
 
 # -- forward and backward
 
+def _is_forced() -> bool:
+    return routes.kernel_choice() != 'auto'
+
+
 def _turn_in_place(
         qkv: Tensor, payload: Tensor, rotation: Rotation, num_heads: int, route: routes.Route,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     # a product of matrices, or a view of bfloat16 as complex numbers, is not what it says under autocast
     with without_autocast(qkv):
-        route.turn_(routes.packed_view(qkv, num_heads), payload, rotation)
+        try:
+            route.turn_(routes.packed_view(qkv, num_heads), payload, rotation)
+        except Exception as error:
+            guard.failed(route, qkv.device, error, _is_forced() or not route.ALL_OR_NOTHING)
+            q, k, v = unpack(qkv, num_heads)
+            return rotation(q, payload), rotation(k, payload), v
     return unpack(qkv, num_heads)
 
 
@@ -102,11 +111,26 @@ class _Rotate(torch.autograd.Function):
         if torch.is_grad_enabled():
             dqkv, dpayload = _differentiable_backward(dq, dk, dv, payload, ctx.rotation, turned)
         else:
-            q, k = turned or (None, None)
-            with without_autocast(dq):
-                dqkv, dpayload = ctx.route.turn_back(
-                    dq, dk, dv, payload, ctx.rotation, q, k, ctx.needs_input_grad[1])
+            dqkv, dpayload = _turn_back(ctx.route, dq, dk, dv, payload, ctx.rotation, turned)
         return dqkv.flatten(2), dpayload, None, None, None
+
+
+def _turn_back(
+        route: routes.Route, dq: Tensor, dk: Tensor, dv: Tensor, payload: Tensor, rotation: Rotation,
+        turned: List[Tensor],
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """Gradients by the route, or by the formula where the route fails or has failed on this device."""
+    q, k = turned or (None, None)
+    if not guard.is_off(route, dq.device):
+        try:
+            with without_autocast(dq):
+                return route.turn_back(dq, dk, dv, payload, rotation, q, k, bool(turned))
+        except Exception as error:
+            guard.failed(route, dq.device, error, _is_forced())
+    with torch.enable_grad():
+        leaf = payload.detach().requires_grad_()
+        dqkv, dpayload = _differentiable_backward(dq, dk, dv, leaf, rotation, turned)
+    return dqkv.detach(), None if dpayload is None else dpayload.detach()
 
 
 def _differentiable_backward(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._tracing import writable
 from ..rotations.formulas import BlockRotation, PairRotation, Rotation, TripletRotation
+from . import guard
 
 VARIABLE = 'TIMM_ROPE_KERNEL'
 ROUTES = ('auto', 'formula', 'inplace', 'triton')
@@ -59,8 +60,10 @@ class Engine(Protocol):
 
 
 class Route(Engine, Protocol):
-    """An engine with a name."""
+    """An engine that the table can name."""
     NAME: str
+    MADE_WITH: str  # and its version, for warnings
+    ALL_OR_NOTHING: bool  # whether a `turn_` that raises an error has left its input as it was
 
 
 def few_rows(qkv: Tensor, payload: Tensor, rotation: Rotation) -> bool:
@@ -96,7 +99,12 @@ TABLE = (
 
 
 def find_route(qkv: Tensor, payload: Tensor, rotation: Rotation, num_heads: int) -> Optional[Route]:
-    """The module that turns this input, None for the plain formula."""
+    """The module that turns this input, None for the plain formula.
+
+    Raises:
+        ValueError: TIMM_ROPE_KERNEL names no route.
+        RuntimeError: TIMM_ROPE_KERNEL names a route that cannot take this input or does not work on its device.
+    """
     if not writable(qkv, payload) or (qkv.is_leaf and qkv.requires_grad):
         return None
     forced = kernel_choice()
@@ -104,8 +112,9 @@ def find_route(qkv: Tensor, payload: Tensor, rotation: Rotation, num_heads: int)
     if name == 'formula':
         return None
     route = load_route(name)
-    if route is not None and route.supports(packed_view(qkv, num_heads), payload, rotation):
-        return route
+    packed = packed_view(qkv, num_heads)
+    if route is not None and route.supports(packed, payload, rotation):
+        return route if guard.may_turn(route, packed, payload, rotation, forced != 'auto') else None
     if forced == 'auto':
         return None
     raise RuntimeError(
@@ -123,16 +132,14 @@ def kernel_choice() -> str:
 
 @functools.cache
 def load_route(name: str) -> Optional[Route]:
-    """Module of a route, None where its file or a package it needs is missing, or where it does not run."""
+    """Module of a route, None where its file or a package it needs is missing or broken."""
     try:
         route = importlib.import_module(MODULES[name], __package__)
-        if hasattr(route, 'probe'):
-            route.probe()
     except ImportError:
         return None
     except Exception as error:
         warnings.warn(
-            f'The {name} kernels do not run here, so that rotations take longer than they need to: '
+            f'The rotation kernels {name!r} cannot be imported, so that rotations take longer than they need to: '
             f'{type(error).__name__}: {error}', stacklevel=2)
         return None
     return cast(Route, route)

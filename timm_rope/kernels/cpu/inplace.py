@@ -15,6 +15,8 @@ from . import pairs, products, triplets
 from .packing import image_ranges
 
 NAME = 'inplace'
+MADE_WITH = f'torch {torch.__version__}'
+ALL_OR_NOTHING = False  # several operations, one after the other
 FULL = (torch.float32, torch.float64)
 
 

@@ -19,6 +19,8 @@ from .arithmetic import payload_gradient, turned, turned_back
 from .tiles import load_groups, load_payload, places, store_groups, store_payload
 
 NAME = 'triton'
+MADE_WITH = f'Triton {triton.__version__}'
+ALL_OR_NOTHING = True  # one kernel: what does not compile or launch has written nothing
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (2, 4, 8, 16)  # what a tile can be reshaped to, and whose matrices fit in registers
 LARGEST = 2 ** 30  # positions inside an image are 32 bit numbers, and the last tile may reach beyond it
@@ -302,16 +304,6 @@ def turn_back(
             *dq.stride(), *dk.stride(), *dv.stride(), *q.stride(), *k.stride(), *payload_strides(payload),
             batch, chunk, tokens, tiles, **given, PAYLOAD_GRAD=payload_grad)
     return packed, summed(partial, payload) if payload_grad else None
-
-
-def probe() -> None:
-    """Turn one token on the GPU, if there is one: Triton needs a C compiler at run time, which not every machine has.
-
-    Raises:
-        Exception: Of Triton, when it cannot compile or launch.
-    """
-    if torch.cuda.is_available() and processors(torch.cuda.current_device()):
-        turn_(torch.ones(1, 1, 3, 1, 8, device='cuda'), torch.ones(1, 1, 8, device='cuda'), PairRotation(8, 4))
 
 
 def payload_strides(payload: Tensor) -> Tuple[int, int, int]:
