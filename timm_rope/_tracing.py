@@ -46,6 +46,8 @@ def writable(*tensors: Tensor) -> bool:
     """Whether the tensors are memory that may be written to now: nothing is recorded, compiled or transformed."""
     if torch.compiler.is_compiling() or recording() or forward_mode():
         return False
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False  # a mode may keep what it saw, as selective activation checkpointing does
     return plain(*tensors)
 
 

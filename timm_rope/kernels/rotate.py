@@ -58,9 +58,10 @@ def unpack(qkv: Tensor, num_heads: int) -> Tuple[Tensor, Tensor, Tensor]:
 def owned(output: Tensor, projection: nn.Module) -> Tensor:
     """The output of a projection if nobody else sees it, so that it may be written to; a copy otherwise.
 
-    A hook may keep it, and a wrapped or parametrised projection may need it in its backward pass.
+    A hook may keep it, and a wrapped, patched or parametrised projection may need it in its backward pass.
     """
-    if type(projection) is nn.Linear and unobserved(projection):
+    patched = 'forward' in vars(projection) or '__call__' in vars(projection)  # on this layer alone
+    if type(projection) is nn.Linear and not patched and unobserved(projection):
         return output
     return output.clone()
 

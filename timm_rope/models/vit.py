@@ -25,15 +25,18 @@ from ..weights.fit_vit import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed
 from .attention import RopeBlock
 from .norms import get_norm
-from .patch_embed import GridPatchEmbed, to_image_size, to_size
+from .patch_embed import GridPatchEmbed, new_sizes, to_image_size, to_size
+from .rotary import RotaryModel, take_options
 
+# Traced graphs keep these two as single nodes. torch.fx patches names of the module in which `wrap` is called, so that
+# each module which uses such a function has to say so.
 torch.fx.wrap('keep_tokens')
 torch.fx.wrap('resample_abs_pos_embed')
 
 WEIGHT_INITS = ('', 'jax', 'jax_nlhb', 'moco', 'reset', 'skip', 'naver')
 
 
-class RopeVisionTransformer(Checkpointed, VisionTransformer):
+class RopeVisionTransformer(RotaryModel, Checkpointed, VisionTransformer):
     """timm's VisionTransformer with a rotary position encoding.
 
     The encoding is the child `rope`, created from `rope_encoding` and every argument that starts with `rope_`; its
@@ -93,26 +96,17 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             dtype=None,
             **kwargs: Any,
     ) -> None:
-        for name in ('block_fn', 'attn_layer'):
-            if name in kwargs:
-                raise TypeError(f'{name} is set by RopeVisionTransformer and cannot be given.')
-        check_choice(weight_init, WEIGHT_INITS, 'weight_init')
-        check_choice(pos_embed, ('learn', 'none', ''), 'pos_embed')
+        _check_arguments(embed_dim, depth, num_heads, pos_embed, weight_init, kwargs)
         norm_layer = get_norm(norm_layer, norm_eps)
-        check_integer(depth, 'depth')
-        if check_integer(embed_dim, 'embed_dim') % check_integer(num_heads, 'num_heads'):
-            raise ValueError(f'embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}.')
         patch = to_size(patch_size, 'patch_size')
         img_size = to_image_size(img_size, patch, dynamic_img_pad)
-        options = {k: kwargs.pop(k) for k in list(kwargs) if k.startswith('rope_')}
+        options = take_options(rope_encoding, kwargs)
         rope: Optional[RotaryEncoding] = None
         if rope_encoding != 'none':
             options.setdefault('rope_reference_grid', (img_size[0] // patch[0], img_size[1] // patch[1]))
             rope = create_rope(
                 rope_encoding, embed_dim // num_heads, num_heads, depth,
                 options.pop('rope_reference_grid'), device, dtype, **options)
-        elif options:
-            raise ValueError(f'{", ".join(options)} need a rope_encoding, got rope_encoding={rope_encoding!r}.')
 
         def block(**block_kwargs: Any) -> RopeBlock:
             if drop_path_uniform:
@@ -135,13 +129,21 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             self.register_buffer('pos_embed_grid', torch.empty(2, device=device, dtype=torch.int64))
             self._record_pos_embed_grid()
         self.rope = rope
-        for name in list(self._modules)[list(self._modules).index('blocks'):]:
-            # rope before blocks and the head last: timm drops the last two parameters as "the head"
-            if name != 'rope':
-                self._modules[name] = self._modules.pop(name)
+        self._move_rope_before_blocks()
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init  # type: ignore[assignment]
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
+
+    def _move_rope_before_blocks(self) -> None:
+        """Let `parameters()` end with the head, as in timm's models.
+
+        timm's adaptive gradient clipping (`--clip-mode agc`) leaves out the last two parameters as "the head". A dict
+        keeps the order in which names were put in, so what comes after the encoding is taken out and put in again.
+        """
+        names = list(self._modules)
+        for name in names[names.index('blocks'):]:
+            if name != 'rope':
+                self._modules[name] = self._modules.pop(name)
 
     # -- initialisation, training
 
@@ -188,11 +190,8 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             patch_size: New patch size, to which the patch embedding is resampled; None keeps the current one.
             rope_scaling: New rule for grids larger than the reference grid; None keeps the current one.
         """
-        if rope_scaling is not None:
-            self._rope_to_scale().check_scaling(rope_scaling)
-        patch = to_size(self.patch_embed.patch_size if patch_size is None else patch_size, 'patch_size')
-        img_size = to_image_size(
-            self.patch_embed.img_size if img_size is None else img_size, patch, self.patch_embed.dynamic_img_pad)
+        self._check_rope_scaling(rope_scaling)
+        img_size, patch = new_sizes(self.patch_embed, img_size, patch_size)
         old_grid, pos_embed = self.patch_embed.grid_size, self.pos_embed
         self.pos_embed = None  # timm would resize it with antialias
         try:
@@ -207,23 +206,8 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             self.set_rope_scaling(rope_scaling)
 
     @torch.jit.ignore
-    def set_rope_scaling(self, scaling: str, log_n: Optional[bool] = None) -> None:
-        """Change what happens on grids larger than the reference grid, see `scaling.py`. No weight changes.
-
-        Args:
-            scaling: 'extrapolate', 'interpolate', 'ntk' or 'yarn'.
-            log_n: Whether attention scores are multiplied by ln(n) / ln(n_ref) on more tokens; None keeps it.
-
-        Raises:
-            ValueError: No encoding, or a rule that there is not or that has no meaning for it. Nothing is changed.
-        """
-        self._rope_to_scale().set_scaling(scaling, log_n)
-
-    @torch.jit.ignore
-    def _rope_to_scale(self) -> RotaryEncoding:
-        if self.rope is None:
-            raise ValueError("rope_scaling needs a rotary encoding, this model has rope_encoding='none'.")
-        return self.rope
+    def _encodings(self) -> List[Optional[RotaryEncoding]]:
+        return [self.rope]
 
     def _record_pos_embed_grid(self) -> None:
         self.pos_embed_grid.copy_(torch.tensor(self.patch_embed.grid_size, device=self.pos_embed_grid.device))
@@ -282,6 +266,31 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
                 score_scale = self.rope.score_scale(x.shape[1], self.num_prefix_tokens)
         return self.norm_pre(x), payloads, score_scale
 
+    def _run_blocks(
+            self,
+            x: Tensor,
+            attn_mask: Optional[Tensor],
+            is_causal: bool,
+            take_indices: List[int],
+            last: int,
+    ) -> Tuple[Tensor, List[Tensor]]:
+        """Image (B, C, H, W) -> tokens (B, prefix + N, C) after block `last`, and those after `take_indices`."""
+        x, payloads, score_scale = self._embed(x)
+        taken: List[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if i <= last:  # TorchScript unrolls the loop and knows no slice of blocks
+                payload: Optional[Tensor] = None
+                if self.rope is not None:
+                    payload = payloads[i]
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    # positional, since reentrant checkpointing refuses keyword tensors
+                    x = checkpoint(block, x, attn_mask, is_causal, payload, score_scale)
+                else:
+                    x = block(x, attn_mask, is_causal, payload, score_scale)
+                if i in take_indices:
+                    taken.append(x)
+        return x, taken
+
     def forward_features(
             self,
             x: Tensor,
@@ -289,16 +298,7 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             is_causal: bool = False,
     ) -> Tensor:
         """Image (B, C, H, W) -> normalised tokens (B, prefix + N, C)."""
-        x, payloads, score_scale = self._embed(x)
-        for i, block in enumerate(self.blocks):
-            payload: Optional[Tensor] = None
-            if self.rope is not None:
-                payload = payloads[i]
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                # positional, since reentrant checkpointing refuses keyword tensors
-                x = checkpoint(block, x, attn_mask, is_causal, payload, score_scale)
-            else:
-                x = block(x, attn_mask, is_causal, payload, score_scale)
+        x, _ = self._run_blocks(x, attn_mask, is_causal, [], len(self.blocks))
         return self.norm(x)
 
     def forward_intermediates(
@@ -319,22 +319,10 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             raise ValueError(f'output_fmt must be NCHW or NLC, got {output_fmt}.')
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         batch, height, width = x.shape[0], x.shape[2], x.shape[3]
-        x, payloads, score_scale = self._embed(x)
-
-        taken: List[Tensor] = []
-        blocks = self.blocks
-        if stop_early and not torch.jit.is_scripting():
-            blocks = self.blocks[:max_index + 1]
-        for i, block in enumerate(blocks):
-            payload: Optional[Tensor] = None
-            if self.rope is not None:
-                payload = payloads[i]
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, attn_mask, is_causal, payload, score_scale)
-            else:
-                x = block(x, attn_mask, is_causal, payload, score_scale)
-            if i in take_indices:
-                taken.append(self.norm(x) if norm else x)
+        last = max_index if stop_early and not torch.jit.is_scripting() else len(self.blocks) - 1
+        x, taken = self._run_blocks(x, attn_mask, is_causal, take_indices, last)
+        if norm:
+            taken = [self.norm(y) for y in taken]
 
         n = self.num_prefix_tokens
         prefix_tokens = [y[:, :n] for y in taken]
@@ -375,3 +363,16 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
 
     def _prepare_state_dict(self, state_dict: Dict[str, Any], prefix: str, strict: bool) -> None:
         prepare_state_dict(self, state_dict, prefix, strict)
+
+
+def _check_arguments(
+        embed_dim: Any, depth: Any, num_heads: Any, pos_embed: Any, weight_init: Any, kwargs: Dict[str, Any],
+) -> None:
+    for name in ('block_fn', 'attn_layer'):
+        if name in kwargs:
+            raise TypeError(f'{name} is set by RopeVisionTransformer and cannot be given.')
+    check_choice(weight_init, WEIGHT_INITS, 'weight_init')
+    check_choice(pos_embed, ('learn', 'none', ''), 'pos_embed')
+    check_integer(depth, 'depth')
+    if check_integer(embed_dim, 'embed_dim') % check_integer(num_heads, 'num_heads'):
+        raise ValueError(f'embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}.')
