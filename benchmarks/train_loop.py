@@ -47,7 +47,7 @@ def learned_freqs(model: nn.Module) -> List[nn.Parameter]:
 def train(spec: Spec, steps: int, batch: int, device: torch.device) -> Row:
     """Train one model, test it on new images, and check both."""
     torch.manual_seed(0)
-    model = timm.create_model(spec.name, **{**MODEL, **spec.options}).to(device)
+    model = timm.create_model(spec.name, **{**MODEL, **spec.options}).to(device, memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     scheduler = CosineLRScheduler(
         optimizer, t_initial=max(2, steps), warmup_t=steps // 10, warmup_lr_init=LEARNING_RATE / 100,
@@ -61,7 +61,7 @@ def train(spec: Spec, steps: int, batch: int, device: torch.device) -> Row:
     for step in range(steps):
         images, labels = make_batch(batch, generator, device)
         with autocast(device, 'bf16-autocast'):
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
