@@ -22,7 +22,7 @@ ALLOWED = {
     'encodings': {'positions', 'rotations', '_checks', '_tracing'},
     'kernels': {'rotations', '_precision', '_tracing'},
     'weights': {'encodings', 'positions', '_checks', '_version'},
-    'models': {'weights', 'kernels', 'encodings', 'rotations', '_checks'},
+    'models': {'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks'},
     'cli': {'models', 'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_version', 'plugin'},
     '__main__': {'cli', '_version'},
     '__init__': {'models', 'encodings', 'plugin', '_version'},

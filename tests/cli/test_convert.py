@@ -22,6 +22,7 @@ from timm_rope.__main__ import main
 from timm_rope.cli.convert.architecture import match
 from timm_rope.cli.convert.hub_folder import CheckFailed
 from timm_rope.cli.convert.originals import _resized
+from timm_rope.encodings._signature import read_signature
 from timm_rope.models.rope_vit import MODEL_ARGS
 from timm_rope.weights.layouts import Weights
 
@@ -376,7 +377,7 @@ def test_bare_weights_of_a_swin_of_ours(convert):
     state = narrow.state_dict()
     assert convert(save_torch(state), 'told')[0] == 0
     for key in [key for key in state if key.endswith('rope.signature')]:  # as weights of other tools may lack it
-        text = bytes(state[key].tolist()).decode().replace(',head_dim=32', '')
+        text = read_signature(state[key]).replace(',head_dim=32', '')
         state[key] = torch.tensor(list(text.encode()), dtype=torch.uint8)
     source = save_torch(state)
     refused(convert, ['32 wide, do not tell their heads', 'num_heads=...'], source, 'other')

@@ -189,7 +189,7 @@ def test_copies_are_independent(name):
     with torch.no_grad():
         rope((3, 4), 1)
     for twin in (copy.deepcopy(rope), pickle.loads(pickle.dumps(rope))):
-        assert twin._cache._entry is None, 'a copy does not carry the payloads'
+        assert twin._cache._entries == (), 'a copy does not carry the payloads'
         in_place(twin)
         assert_current(twin)
         assert_current(rope)
@@ -203,7 +203,7 @@ def test_data_parallel_replicas_share_no_cache(name):
     with torch.no_grad():
         rope((3, 4), 1)
     replica = rope._replicate_for_data_parallel()
-    assert replica._cache is not rope._cache and replica._cache._entry is None
+    assert replica._cache is not rope._cache and replica._cache._entries == ()
 
 
 def test_functional_call_and_transforms_see_their_own_frequencies():
@@ -231,3 +231,40 @@ def test_frequencies_made_in_inference_mode():
         assert_current(rope)
         rope.freqs.mul_(1.5)
         assert_current(rope)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_images_of_several_sizes_take_turns(name, monkeypatch):
+    rope = make(name)
+    counted = []
+    compute = type(rope)._payloads
+    monkeypatch.setattr(type(rope), '_payloads', lambda self, *args: counted.append(args) or compute(self, *args))
+    sizes = [(3, 4), (5, 6), (14, 14)]
+    first = {size: rope(size) for size in sizes}
+    with torch.no_grad():
+        first = {size: rope(size) for size in sizes}
+        counted.clear()
+        for size in sizes * 3:
+            assert all(a is b for a, b in zip(rope(size), first[size]))
+        assert not counted
+        rope.freqs.mul_(1.5)
+        for size in sizes:
+            assert_current(rope)
+            rope(size)
+        assert len(counted) >= len(sizes)
+
+
+def test_no_more_is_kept_than_there_is_room_for(monkeypatch):
+    rope = make('spherical')
+    with torch.no_grad():
+        sizes = [(n, n) for n in range(2, 12)]
+        room = sum(rope(size)[0].numel() * 4 for size in sizes[-3:])
+        monkeypatch.setattr('timm_rope.encodings._cache.BYTES', room)
+        rope.set_scaling('extrapolate')  # begins anew
+        for size in sizes:
+            rope(size)
+        kept = [entry.key[0] for entry in rope._cache._entries]
+        assert kept == sizes[:-4:-1]
+        monkeypatch.setattr('timm_rope.encodings._cache.BYTES', 1)
+        large = rope((20, 20))
+        assert rope((20, 20))[0] is large[0] and len(rope._cache._entries) == 1

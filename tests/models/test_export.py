@@ -47,3 +47,23 @@ def test_taylor_series_of_the_export_is_the_exponential():
         matrix = skew(torch.randn(5, size * (size - 1) // 2, dtype=torch.float64), size)
         matrix = matrix * (norm / torch.linalg.matrix_norm(matrix, 2))[:, None, None]
         assert (_exp_taylor(matrix) - torch.linalg.matrix_exp(matrix)).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize('opset', [17, 20])
+@pytest.mark.parametrize('name', ['vit_tiny_rope_spherical', 'vit_tiny_rope_liere', 'vit_tiny_ape'])
+def test_the_older_exporter_to_onnx(name, opset, tmp_path):
+    pytest.importorskip('onnx')
+    runtime = pytest.importorskip('onnxruntime')
+    model, path = make(name), str(tmp_path / 'model.onnx')
+    sizes = {2: 'height', 3: 'width'} if model.pos_embed is None else {}  # a position embedding has one size in a trace
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.onnx.export(
+            model, (torch.randn(2, 3, 32, 32),), path, dynamo=False, opset_version=opset, input_names=['x'],
+            output_names=['y'], dynamic_axes={'x': {0: 'batch', **sizes}, 'y': {0: 'batch'}})
+    session = runtime.InferenceSession(path)
+    for shape in ((3, 3, 32, 32), *([(1, 3, 48, 64)] if sizes else [])):
+        x = torch.randn(*shape)
+        y = session.run(None, {'x': x.numpy()})[0]
+        with torch.no_grad():
+            assert (torch.from_numpy(y) - model(x)).abs().max() < 1e-5

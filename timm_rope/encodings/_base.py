@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_flag, check_integer, check_positive
 from ..positions.augmentation import augment, check_amount
-from ..positions.coordinates import COORDS, grid_axes, reference_side, to_grid
+from ..positions.coordinates import COORDS, LARGEST_SIDE, grid_axes, reference_side, to_grid
 from ..positions.scaling import RULES, growth, interpolate, log_n_scale, rescale
 from ..rotations.formulas import PairRotation, Rotation
 from ._cache import PayloadCache
-from ._signature import format_signature, read_signature, signature_conflicts
+from ._reference import HasReferenceGrid, saved_reference_grid
+from ._signature import format_signature, read_signature, signature_conflicts, write_signature
 
 for _name in ('augment', 'grid_axes', 'growth', 'log_n_scale', 'reference_side', 'rescale'):
     torch.fx.wrap(_name)
@@ -27,7 +28,7 @@ SHARING = dict(share_heads=False, share_layers=False)  # options of every learne
 USAGE: Dict[str, Any] = dict(scaling='extrapolate', log_n=False, shift=None, jitter=None, rescale=None)
 
 
-class RotaryEncoding(nn.Module):
+class RotaryEncoding(HasReferenceGrid):
     """Base class of every rotary encoding.
 
     Calling the module with a grid size gives the payloads, one per block of the model; `rotate` applies one.
@@ -67,8 +68,9 @@ class RotaryEncoding(nn.Module):
         options: All options with their values.
         usage: What is no part of the function that the weights were trained for: `scaling` to `rescale` above.
         freqs: Frequencies or generators, x first: a parameter if learned, else a non-persistent buffer.
-        reference_grid: Integer tensor (2,), saved with the weights.
-        signature: uint8 tensor, the name and options of the encoding as text, saved with the weights. Fixed
+        reference_grid: float32 tensor (2,), saved with the weights and rounded when it is read: as floating point
+            numbers the weights can be averaged and cast as a whole.
+        signature: Name and options of the encoding as text (see `_signature.py`), saved with the weights. Fixed
             encodings have no other tensor that could tell a spherical checkpoint from an axial one.
     """
     name: ClassVar[str] = ''
@@ -84,10 +86,9 @@ class RotaryEncoding(nn.Module):
     scalings: ClassVar[Tuple[str, ...]] = RULES
     axes_apart: ClassVar[bool] = False  # frequencies of x and y are two rotations, not one wave vector
     __constants__ = ['axes_apart', 'centered', 'learned', 'span']  # TorchScript finds class attributes only here
-    __jit_unused_properties__ = ['usage']
+    __jit_unused_properties__ = ['undecided', 'usage']
 
     freqs: Tensor
-    reference_grid: Tensor
     signature: Tensor
 
     def __init_subclass__(cls, name: str = '', **kwargs) -> None:
@@ -140,8 +141,9 @@ class RotaryEncoding(nn.Module):
             self.freqs = nn.Parameter(freqs)
         else:
             self.register_buffer('freqs', freqs, persistent=False)
-        self.register_buffer('reference_grid', torch.empty(2, device=device, dtype=torch.int64))
-        self.register_buffer('signature', torch.empty(len(self._signature), device=device, dtype=torch.uint8))
+        self.register_buffer('reference_grid', torch.empty(2, device=device, dtype=torch.float32))
+        signature = write_signature(self._signature)
+        self.register_buffer('signature', torch.empty(signature.shape, device=device, dtype=torch.float32))
         self.reset_parameters()
 
     @classmethod
@@ -272,8 +274,8 @@ class RotaryEncoding(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fill every tensor of the module, also after `to_empty`."""
-        self.reference_grid.copy_(torch.tensor(self._initial_grid, device=self.reference_grid.device))
-        self.signature.copy_(torch.tensor(list(self._signature.encode()), device=self.signature.device))
+        self.reference_grid.copy_(torch.tensor(self._initial_grid))
+        self.signature.copy_(write_signature(self._signature, self._initial_grid))
         self.freqs.copy_(self.initial_freqs())
 
     @torch.no_grad()
@@ -287,12 +289,16 @@ class RotaryEncoding(nn.Module):
             out = fn(tensor)
             if tensor.is_floating_point() and out.is_floating_point() and out.dtype.itemsize < 4:
                 return tensor.to(device=out.device, dtype=torch.float32)
+            if out.stride() != tensor.stride() and out.shape == tensor.shape:
+                # channels_last is meant for images; frequencies that happen to have four axes keep their layout
+                return out.new_empty(out.shape).copy_(out)
             return out
 
-        dtype = self.freqs.dtype
+        dtype, meta = self.freqs.dtype, self.freqs.is_meta
         super()._apply(at_least_float32, recurse)
-        if self.freqs.dtype != dtype:
-            self.init_non_persistent_buffers()  # at the new precision, not rounded at the old one
+        if self.freqs.dtype != dtype or (meta and not self.freqs.is_meta):
+            # at the new precision, not rounded at the old one; no checkpoint brings them to a model made on meta
+            self.init_non_persistent_buffers()
         return self
 
     def keep_layers(self, depth: int) -> None:
@@ -323,6 +329,8 @@ class RotaryEncoding(nn.Module):
             ValueError: `grid_size` is not two positive integers.
         """
         if not torch.jit.is_scripting():
+            if self._undecided and not self._is_recorded(grid_size):
+                self.settle_reference_grid(grid_size)
             if self._is_eager(grid_size):
                 return self._cached_payloads(to_grid(grid_size, 'grid_size'), num_prefix_tokens)
         return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
@@ -351,6 +359,12 @@ class RotaryEncoding(nn.Module):
             num_prefix_tokens,
             self.depth,
         )
+
+    @torch.jit.unused
+    def _is_recorded(self, grid_size: Tuple[int, int]) -> bool:
+        """Whether the graph that is being recorded is meant for another runtime, or is no more than traced."""
+        return (
+            torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(grid_size[0], torch.fx.Proxy))
 
     @torch.jit.unused
     def _is_eager(self, grid_size: Tuple[int, int]) -> bool:
@@ -433,23 +447,48 @@ class RotaryEncoding(nn.Module):
                 raise RuntimeError(
                     f'The checkpoint holds the rotary encoding {saved}, this module is {self._signature}: {reason}. '
                     f'Build the model with the encoding and options of the checkpoint.')
-        grid = state_dict.get(f'{prefix}reference_grid')
-        if isinstance(grid, Tensor) and not grid.is_meta:
-            if grid.is_floating_point():
-                raise ValueError(f'{prefix}reference_grid of the checkpoint must hold integers, got {grid.dtype}.')
-            to_grid(grid.tolist(), f'{prefix}reference_grid of the checkpoint')
+        saved_reference_grid(state_dict, prefix)
         freqs = state_dict.get(f'{prefix}freqs')
+        if isinstance(freqs, Tensor) and freqs.is_complex():
+            raise ValueError(f'{prefix}freqs of the checkpoint must be real numbers, got {freqs.dtype}.')
         if isinstance(freqs, Tensor) and not freqs.is_meta and not bool(torch.isfinite(freqs).all()):
             bad = int((~torch.isfinite(freqs)).sum())
             raise ValueError(
                 f'{prefix}freqs of the checkpoint has {bad} non-finite of {freqs.numel()} values; all must be finite.')
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        if type(self.reference_grid) is Tensor and not self.reference_grid.is_meta:
+            self.adopt_reference_grid()
+            sides = self.reference_grid.tolist()
+            if all(0.5 < side < LARGEST_SIDE for side in sides):  # after `to_empty` they hold anything
+                signature = write_signature(self._signature, (round(sides[0]), round(sides[1])), self.signature.device)
+                if not torch.equal(signature, self.signature):  # the grid was changed, or an average moved the bits
+                    with torch.no_grad():
+                        self.signature.copy_(signature)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         self.check_state_dict(state_dict, prefix)
-        signature = f'{prefix}signature'
-        # Weights from elsewhere have no signature, and one written by another version may differ in length.
-        replaced = {**state_dict, signature: self.signature.detach().clone()}
-        super()._load_from_state_dict(replaced, prefix, *args)
+        assign = local_metadata.get('assign_to_params_buffers', False)
+        tensors = dict(state_dict)
+        grid = saved_reference_grid(state_dict, prefix)
+        if grid is not None:
+            device = state_dict[f'{prefix}reference_grid'].device if assign else self.reference_grid.device
+            self._undecided = False
+            tensors[f'{prefix}reference_grid'] = torch.tensor(grid, device=device, dtype=torch.float32)
+            # weights from elsewhere have no signature, and one written by another version may differ in length
+            tensors[f'{prefix}signature'] = write_signature(self._signature, grid, device)
+        elif not self.signature.is_meta:
+            tensors[f'{prefix}signature'] = self.signature.detach().clone()
+        freqs = tensors.get(f'{prefix}freqs')
+        if assign and isinstance(freqs, Tensor) and freqs.dtype.itemsize < 4:
+            tensors[f'{prefix}freqs'] = freqs.float()  # learned frequencies stay float32 on this road, too
+        super()._load_from_state_dict(tensors, prefix, local_metadata, *args)
+        if not self.learned:
+            # no checkpoint brings fixed frequencies, and after `to_empty` they hold anything
+            if self.freqs.is_meta and not self.reference_grid.is_meta:
+                self.freqs = torch.empty_like(self.freqs, device=self.reference_grid.device)
+            self.init_non_persistent_buffers()
 
     # -- copies and display
 
@@ -463,7 +502,7 @@ class RotaryEncoding(nn.Module):
         return replica
 
     def extra_repr(self) -> str:
-        grid = 'meta' if self.reference_grid.is_meta else tuple(self.reference_grid.tolist())
+        grid = 'meta' if self.reference_grid.is_meta else tuple(round(side) for side in self.reference_grid.tolist())
         usage = {k: v for k, v in self.usage.items() if v != USAGE[k]}
         options = ''.join(f', {k}={v}' for k, v in {**self.options, **usage}.items())
         return (

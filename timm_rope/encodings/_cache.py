@@ -1,44 +1,76 @@
-"""The payloads of one grid, kept while nothing they were computed from has changed."""
-from typing import Any, List, Optional, Tuple
+"""The payloads of the grids that were used last, kept while nothing they were computed from has changed."""
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .._tracing import plain
 
+BYTES = 2 ** 28  # of payloads that are kept beside those of the last grid: images of a few sizes may take turns
+
+
+class _Entry(NamedTuple):
+    key: Any
+    state: Any
+    copies: List[Tensor]
+    payloads: List[Tensor]
+
 
 class PayloadCache:
-    """One entry; `get` returns it only if it would be computed again to the same bits.
+    """`get` returns payloads only if they would be computed again to the same bits.
 
-    A tensor is taken as unchanged if it is at the same address with the same version counter, dtype and device. The
+    A tensor is taken as unchanged if it is at the same address with the same version counter, dtype and device. An
     entry keeps an alias of the storage alive, so an address cannot be reused. Writes through `.data` do not count
     versions: on the CPU the values themselves are compared as well (a few thousand numbers), on an accelerator that
     would wait for the device in every forward. There a parameter is not cached in a distributed run: FSDP2 gathers
     new values into the same storage and hides that from the version counter.
+
+    The last grid is always kept, whatever its size; the ones used before it up to 256 MiB in all.
     """
-    __slots__ = ('_entry',)
+    __slots__ = ('_entries',)
 
     def __init__(self) -> None:
-        self._entry: Optional[Tuple[Any, Any, List[Tensor], List[Tensor]]] = None
+        self._entries: Tuple[_Entry, ...] = ()  # last used first; replaced as a whole, since threads may share it
 
     def get(self, key: Any, *sources: Tensor) -> Optional[List[Tensor]]:
-        entry = self._entry  # read once: another thread may replace it
-        if entry is None or not _is_plain(sources):
+        entries = self._entries
+        if not entries or not _is_plain(sources):
             return None
-        entry_key, state, copies, payloads = entry
-        if entry_key != key or state != _state(sources):
-            return None
-        if _can_compare(sources) and not all(torch.equal(s, c) for s, c in zip(sources, copies)):
-            return None
-        return payloads
+        for entry in entries:
+            if entry.key == key:
+                if not _is_current(entry, sources):
+                    return None
+                if entry is not entries[0]:
+                    self._entries = (entry, *(e for e in entries if e is not entry))
+                return entry.payloads
+        return None
 
     def put(self, key: Any, payloads: List[Tensor], *sources: Tensor) -> None:
-        if _is_plain(sources):
-            compare = _can_compare(sources)
-            with torch.inference_mode(False), torch.no_grad():
-                copies = [s.detach().clone() if compare else s.detach() for s in sources]
-            aliases = [s.detach() for s in sources]
-            self._entry = (key, _state(sources), [*copies, *aliases], payloads)
+        if not _is_plain(sources):
+            return
+        compare = _can_compare(sources)
+        with torch.inference_mode(False), torch.no_grad():
+            copies = [s.detach().clone() if compare else s.detach() for s in sources]
+        aliases = [s.detach() for s in sources]
+        kept, room = [_Entry(key, _state(sources), [*copies, *aliases], payloads)], BYTES - _size(payloads)
+        for entry in self._entries:
+            if entry.key != key and _is_current(entry, sources):
+                room -= _size(entry.payloads)
+                if room < 0:
+                    break
+                kept.append(entry)
+        self._entries = tuple(kept)
+
+
+def _is_current(entry: _Entry, sources: Tuple[Tensor, ...]) -> bool:
+    if entry.state != _state(sources):
+        return False
+    return not _can_compare(sources) or all(torch.equal(s, c) for s, c in zip(sources, entry.copies))
+
+
+def _size(payloads: List[Tensor]) -> int:
+    """Bytes of payloads, of which blocks may share one."""
+    return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in payloads}.values())
 
 
 def _state(tensors: Tuple[Tensor, ...]) -> Tuple[Any, ...]:

@@ -1,11 +1,19 @@
-"""The name and options of an encoding as text, e.g. 'spherical(coords=cells,order=yx,temperature=100)'.
+"""The name and options of an encoding as text, e.g. 'spherical(coords=cells,order=yx,temperature=100)@00014x00014'.
 
-Saved with the weights as a uint8 tensor, which every checkpoint format can hold.
+The text is saved with the weights, and people do arithmetic on weights: they average checkpoints, keep a moving
+average, cast to half precision. So it is saved as one floating point number for each bit, 1 or -1, which every dtype
+holds exactly. Any average of equal texts is the text again, and an average of different ones is seen: where they
+differ, a number lies between -1 and 1. After the '@' stands the reference grid, so
+that an average of two grids is seen as well.
 """
 import re
 from typing import Any, Dict, Optional, Tuple
 
+import torch
 from torch import Tensor
+
+TOLERANCE = 0.1  # what averaging in low precision may lose; a second text with a weight of 5 % changes a bit by as much
+UNKNOWN_GRID = (0, 0)
 
 
 def format_signature(name: str, options: Dict[str, Any]) -> str:
@@ -16,12 +24,52 @@ def format_signature(name: str, options: Dict[str, Any]) -> str:
     return f'{name}({items})'
 
 
+def write_signature(text: str, grid: Tuple[int, int] = UNKNOWN_GRID, device: Any = None) -> Tensor:
+    """A signature as it is saved, (characters, 8) float32: the bits of its ASCII characters, 1 or -1."""
+    codes = torch.tensor(list(f'{text}@{grid[0]:05}x{grid[1]:05}'.encode('ascii')), device=device)
+    bits = codes.unsqueeze(-1).bitwise_right_shift(torch.arange(8, device=device)).bitwise_and(1)
+    return bits.float() * 2 - 1
+
+
 def read_signature(value: Any) -> Optional[str]:
-    """Text of a saved signature; None if there is none or it cannot be read (meta device, uninitialised bytes)."""
+    """Name and options of a saved signature; None if there is none or it has no values yet (on the meta device).
+
+    Raises:
+        ValueError: It cannot be read; says what that means for the weights.
+    """
+    text = _text(value)
+    return None if text is None else text.partition('@')[0]
+
+
+def read_signature_grid(value: Any) -> Optional[Tuple[int, int]]:
+    """The reference grid that a saved signature names, None if it names none.
+
+    Raises:
+        ValueError: The signature cannot be read.
+    """
+    match = re.fullmatch(r'(\d+)x(\d+)', (_text(value) or '').partition('@')[2])
+    grid = (int(match[1]), int(match[2])) if match else UNKNOWN_GRID
+    return None if grid == UNKNOWN_GRID else grid
+
+
+def _text(value: Any) -> Optional[str]:
     if not isinstance(value, Tensor) or value.is_meta:
         return None
-    text = bytes(value.detach().cpu().tolist()).decode('ascii', errors='replace')
-    return text if parse_signature(text) is not None else None
+    saved = value.detach().cpu().double()
+    if saved.ndim == 2:
+        if not bool(((saved.abs() - 1).abs() <= TOLERANCE).all()):
+            raise ValueError(
+                'rope.signature, the name of the encoding that is saved with the weights, cannot be read: they are an '
+                'average of weights of different encodings, options or reference grids, or damaged.')
+        codes = ((saved > 0) * 2 ** torch.arange(saved.shape[1])).sum(-1)
+    else:  # as bytes, by versions before 0.2
+        codes = saved.round()
+    text = ''.join(chr(int(code)) if 0 <= code < 128 else '?' for code in codes.flatten().tolist())
+    if parse_signature(text) is None:
+        raise ValueError(
+            f'rope.signature, the name of the encoding that is saved with the weights, cannot be read: it is {text!r}. '
+            f'The weights are damaged, or an average of weights of different encodings.')
+    return text
 
 
 def signature_conflicts(saved: str, current: str) -> str:
@@ -39,7 +87,7 @@ def signature_conflicts(saved: str, current: str) -> str:
 
 def parse_signature(text: str) -> Optional[Tuple[str, Dict[str, str]]]:
     """Name and options of a signature, None if it is none."""
-    match = re.fullmatch(r'(\w+)\(([^()]*)\)', text)
+    match = re.fullmatch(r'(\w+)\(([^()]*)\)(@\d+x\d+)?', text)
     if match is None:
         return None
     return match[1], dict(item.split('=', 1) for item in match[2].split(',') if '=' in item)

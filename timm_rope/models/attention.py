@@ -59,6 +59,9 @@ class RopeAttention(Attention):
         if score_scale is not None:
             q = q * score_scale
 
+        if not torch.jit.is_scripting():
+            if torch.jit.is_tracing():
+                is_causal = bool(is_causal)  # the older exporter to ONNX passes a tensor
         if self.fused_attn:
             out = F.scaled_dot_product_attention(
                 q, k, v,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..encodings import create_rope, list_ropes
 from ..encodings._base import ENCODINGS, USAGE, RotaryEncoding
 from ..encodings._saved import encoding_prefix, read_encoding
+from ..positions.coordinates import read_grid
 from ..rotations.formulas import Rotation
 
 SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'custom_load')
@@ -125,7 +126,7 @@ def _create(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> Rotar
         carried.update({k: v for k, v in source.usage.items() if k not in given})
     with torch.random.fork_rng(devices=[]):  # the initial frequencies are not used
         return create_rope(
-            name, source.head_dim, source.num_heads, source.depth, tuple(source.reference_grid.tolist()),
+            name, source.head_dim, source.num_heads, source.depth, read_grid(source.reference_grid, 'reference_grid'),
             'cpu', source.freqs.dtype, **carried, **options)
 
 

@@ -70,8 +70,9 @@ class PlainVisionTransformer(VisionTransformer):
 
     def _add_pos_embed_grid(self, device: Any) -> None:
         if self.pos_embed is not None:
-            # tells 4x16 from 8x8 when the embedding is resized to another model's grid
-            self.register_buffer('pos_embed_grid', torch.empty(2, device=device, dtype=torch.int64))
+            # tells 4x16 from 8x8 when the embedding is resized to another model's grid; not of integers, since people
+            # average weights
+            self.register_buffer('pos_embed_grid', torch.empty(2, device=device, dtype=torch.float32))
             self._record_pos_embed_grid()
 
     def _record_pos_embed_grid(self) -> None:

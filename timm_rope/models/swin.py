@@ -102,7 +102,11 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
                 raise ValueError(f'depths and {name} must be as many, got {depths} and {values}.')
         patch = to_size(patch_size, 'patch_size')
         img_size = to_image_size(img_size, patch, dynamic_img_pad)
-        windows = _windows(window_size, window_ratio, (img_size[0] // patch[0], img_size[1] // patch[1]), len(depths))
+        grid = img_size[0] // patch[0], img_size[1] // patch[1]
+        try:
+            windows = _windows(window_size, window_ratio, grid, len(depths))
+        except AssertionError as error:  # set_input_size() leaves timm's own errors as they are
+            raise ValueError(f'window_size or window_ratio: {error}') from None
         make_rope = _rope_maker(rope_encoding, take_options(rope_encoding, kwargs))
         for channels, heads in zip(head_dims, num_heads):  # refuses what does not fit before anything is built
             make_rope(channels, heads, (WINDOW, WINDOW), 'meta', dtype)
@@ -205,13 +209,18 @@ def _head_dims(width: int, num_heads: Tuple[int, ...], head_dim: Any) -> Tuple[i
 
 
 def _windows(window_size: Any, window_ratio: Any, grid: Tuple[int, int], stages: int) -> Tuple[Tuple[int, int], ...]:
-    """Window of each stage as a model is asked for it, before it is cut to the image; timm's errors as ValueErrors."""
+    """Window of each stage as a model is asked for it, before it is cut to the image.
+
+    Raises:
+        ValueError: Something is no integer.
+        AssertionError: What timm refuses.
+    """
     try:
         if window_size is None and window_ratio is not None:
             windows = window_sizes_from_ratio(grid, window_ratio, stages)
         else:
             windows = resolve_stage_window_sizes(WINDOW if window_size is None else window_size, stages)
-    except (AssertionError, TypeError) as error:
+    except TypeError as error:
         raise ValueError(f'window_size or window_ratio: {error}') from None
     return tuple(to_size(window, 'window_size') for window in windows)
 

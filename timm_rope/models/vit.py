@@ -99,6 +99,7 @@ class RopeVisionTransformer(RotaryModel, Checkpointed, PlainVisionTransformer):
         img_size = to_image_size(img_size, patch, dynamic_img_pad)
         options = take_options(rope_encoding, kwargs)
         rope: Optional[RotaryEncoding] = None
+        told = 'rope_reference_grid' in options
         if rope_encoding != 'none':
             options.setdefault('rope_reference_grid', (img_size[0] // patch[0], img_size[1] // patch[1]))
             rope = create_rope(
@@ -123,6 +124,9 @@ class RopeVisionTransformer(RotaryModel, Checkpointed, PlainVisionTransformer):
                 patch_drop_rate, num_prefix_tokens=self.num_prefix_tokens)
         self._add_pos_embed_grid(device)
         self.rope = rope
+        if rope is not None and not told:
+            # that of the stem, which may have strides of its own; training may change it once more
+            rope.set_initial_grid(self.patch_embed.grid_size)
         self._move_rope_before_blocks()
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init  # type: ignore[assignment]
         if weight_init != 'skip':
@@ -164,6 +168,8 @@ class RopeVisionTransformer(RotaryModel, Checkpointed, PlainVisionTransformer):
     ) -> None:
         """Change the nominal image or patch size. The reference grid stays: it belongs to the weights.
 
+        Only in a model that has neither been trained nor loaded any weights it becomes the new grid.
+
         Args:
             img_size: New nominal size; None keeps the current one.
             patch_size: New patch size, to which the patch embedding is resampled; None keeps the current one.
@@ -172,6 +178,8 @@ class RopeVisionTransformer(RotaryModel, Checkpointed, PlainVisionTransformer):
         self._check_rope_scaling(rope_scaling)
         img_size, patch = new_sizes(self.patch_embed, img_size, patch_size)
         super().set_input_size(img_size, patch_size if patch_size is None else patch)
+        if self.rope is not None and self.rope.undecided:
+            self.rope.set_initial_grid(self.patch_embed.grid_size)
         if rope_scaling is not None:
             self.set_rope_scaling(rope_scaling)
 

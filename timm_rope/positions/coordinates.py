@@ -5,13 +5,15 @@ grid reaches further and the step between two patches never changes (but see 'en
 """
 import math
 from numbers import Integral
-from typing import Any, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .._precision import widest
 
+LARGEST_SIDE = 65535  # patches
+LARGEST_DRIFT = 0.25  # of a number that averages of equal numbers may have moved
 COORDS = ('index', 'cells', 'ends')
 
 
@@ -48,7 +50,7 @@ def grid_axes(
     Args:
         height: Rows of the grid.
         width: Columns of the grid.
-        reference_grid: Integer tensor (2,), rows and columns of the reference grid.
+        reference_grid: Tensor (2,), rows and columns of the reference grid, which are rounded.
         like: Tensor whose dtype the result has at least; float64 where it can be had.
         coords: One of 'index', 'cells', 'ends'.
         span: Length of the reference image in the returned unit (2 pi for an angle, 1 for a fraction).
@@ -57,7 +59,7 @@ def grid_axes(
     Returns:
         y (height,) and x (width,).
     """
-    reference = widest(reference_grid.to(like.dtype))
+    reference = widest(reference_grid.to(like.dtype)).round()
     return (
         _axis(height, reference[0], coords, span, centered),
         _axis(width, reference[1], coords, span, centered),
@@ -66,7 +68,7 @@ def grid_axes(
 
 def reference_side(reference_grid: Tensor, like: Tensor, coords: str, span: float) -> Tensor:
     """Length of the reference grid along x and y, (2,), in the unit of the coordinates; arguments as `grid_axes`."""
-    side = widest(reference_grid.to(like.dtype)).flip(0)
+    side = widest(reference_grid.to(like.dtype)).round().flip(0)
     return side if coords == 'index' else torch.full_like(side, span)
 
 
@@ -83,3 +85,22 @@ def to_grid(value: Any, name: str) -> Tuple[int, int]:
             isinstance(i, bool) or not isinstance(i, Integral) or i < 1 for i in items):
         raise ValueError(f'{name} must be two positive integers (rows, columns), got {value!r}.')
     return int(items[0]), int(items[1])
+
+
+def read_grid(value: Tensor, name: str) -> Tuple[int, int]:
+    """(rows, columns) of a grid that is saved as a tensor: integers, or floating point numbers close to integers.
+
+    Raises:
+        ValueError: It is no grid of an image; `name` is what the error calls it.
+    """
+    numbers: List[Any] = [value] if value.is_complex() else value.detach().cpu().flatten().tolist()
+    if len(numbers) == 2 and value.is_floating_point():
+        # what averaging may have moved; in half precision the numbers are whole from 2048 on
+        if any(not math.isfinite(n) or abs(n - round(n)) > LARGEST_DRIFT for n in numbers):
+            raise ValueError(f'{name} must be two whole numbers (rows, columns), got {numbers}: an average of weights '
+                             f'of two grids has none.')
+        numbers = [round(n) for n in numbers]
+    grid = to_grid(numbers, name)
+    if max(grid) > LARGEST_SIDE:
+        raise ValueError(f'{name} must be the grid of an image, of at most {LARGEST_SIDE} patches a side, got {grid}.')
+    return grid

@@ -47,10 +47,10 @@ def growth(height: int, width: int, reference_grid: Tensor, like: Tensor) -> Ten
     Args:
         height: Rows of the grid.
         width: Columns of the grid.
-        reference_grid: Integer tensor (2,), rows and columns of the reference grid.
+        reference_grid: Tensor (2,), rows and columns of the reference grid.
         like: Tensor whose dtype the result has at least.
     """
-    reference = widest(reference_grid.to(like.dtype))
+    reference = widest(reference_grid.to(like.dtype)).round()
     # a number divided by a tensor is rounded twice, and 49 / 49 is not 1
     size = torch.stack((torch.full_like(reference[1], width), torch.full_like(reference[0], height)))
     return (size / reference.flip(0)).clamp(min=1.)
@@ -129,11 +129,11 @@ def log_n_scale(tokens: int, num_prefix_tokens: int, reference_grid: Tensor, lik
     Args:
         tokens: n, prefix tokens included.
         num_prefix_tokens: Tokens in front of the patches.
-        reference_grid: Integer tensor (2,); n_ref are its patches and the prefix tokens, at least 2.
+        reference_grid: Tensor (2,); n_ref are its patches and the prefix tokens, at least 2.
         like: Tensor whose dtype the result has.
 
     Returns:
         A scalar tensor.
     """
-    n_ref = (widest(reference_grid.to(like.dtype)).prod() + num_prefix_tokens).clamp(min=2.)
+    n_ref = (widest(reference_grid.to(like.dtype)).round().prod() + num_prefix_tokens).clamp(min=2.)
     return (torch.full_like(n_ref, tokens).log() / n_ref.log()).clamp(min=1.).to(like.dtype)

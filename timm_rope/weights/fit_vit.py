@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor
 
-from ..positions.coordinates import square_grid, to_grid
+from ..positions.coordinates import read_grid, square_grid
 from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise, signature
 from .mismatches import other_encoding, refuse_mismatches, refuse_other_structure, warm_start_hint
 from .warm_start import take_over
@@ -142,14 +142,14 @@ def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> No
         grid = target
     if grid != target and not pos_embed.is_meta:
         state_dict[key] = model._resize_pos_embed(pos_embed, grid, target)
-    state_dict[grid_key] = torch.tensor(target)
+    state_dict[grid_key] = torch.tensor(target, dtype=torch.float32)
 
 
 def _pos_embed_grid(saved: Any, reference: Any, tokens: int) -> Optional[Tuple[int, int]]:
     """Grid of an embedding: as saved with it, else the reference grid if it fits, else square."""
     for value in (saved, reference):
         if isinstance(value, Tensor) and not value.is_meta:
-            grid = to_grid(value.tolist(), 'pos_embed_grid of the checkpoint')
+            grid = read_grid(value, 'pos_embed_grid of the checkpoint')
             if grid[0] * grid[1] == tokens:
                 return grid
     return square_grid(tokens)

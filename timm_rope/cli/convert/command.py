@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...encodings._base import RotaryEncoding
+from ...positions.coordinates import read_grid
 from ...weights.files import read_weights
 from ...weights.fit_swin import fit as fit_swin
 from ...weights.fit_vit import fit
@@ -224,7 +225,8 @@ def _facts(arch: Architecture, model: Any, weights: Weights) -> Dict[str, str]:
         'size': f'{stem.shape[0]} wide, {_depth(model)} blocks, {arch.heads} heads',
         'image': f'{size[0]} x {size[1]}, {arch.args["in_chans"]} channels, patches of '
                  f'{" x ".join(map(str, stem.shape[2:]))}',
-        **({} if rope is None else {'reference grid': ' x '.join(map(str, rope.reference_grid.tolist())) + ' patches'}),
+        **({} if rope is None else {
+            'reference grid': ' x '.join(map(str, read_grid(rope.reference_grid, 'reference_grid'))) + ' patches'}),
         'classes': f'{arch.args["num_classes"]:,}',
         'parameters': f'{sum(p.numel() for p in model.parameters()):,} ({", ".join(dtypes)})',
     }

@@ -4,7 +4,7 @@ from typing import Any, Dict, Optional, Tuple
 from torch import Tensor
 
 from ...encodings._signature import parse_signature, read_signature
-from ...positions.coordinates import square_grid
+from ...positions.coordinates import read_grid, square_grid
 from ...weights.layouts import NaverVit, TimmEva, Weights, is_trained
 from ...weights.layouts.base import count_blocks
 
@@ -129,4 +129,4 @@ def positions(
 
 def _saved_grid(weights: Weights, key: str) -> Optional[Tuple[int, int]]:
     grid = weights.tensors.get(key)
-    return None if grid is None else (int(grid[0]), int(grid[1]))
+    return None if grid is None else read_grid(grid, key)

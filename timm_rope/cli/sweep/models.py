@@ -9,6 +9,7 @@ import timm
 from timm.models import parse_model_name, resolve_model_input_args
 from torch import Tensor, nn
 
+from ...positions.coordinates import read_grid
 from ...weights.files import read_weights
 from ...weights.layouts.base import unwrap
 from ...weights.origin import training_config
@@ -142,5 +143,5 @@ def _as_trained(
     # a position embedding must be loaded at its own size, or it would be resized twice
     grid, stem = weights.get('pos_embed_grid'), weights.get('patch_embed.proj.weight')
     if grid is not None and stem is not None:
-        kwargs['img_size'] = tuple(n * patch for n, patch in zip(grid.tolist(), stem.shape[-2:]))
+        kwargs['img_size'] = tuple(n * patch for n, patch in zip(read_grid(grid, 'pos_embed_grid'), stem.shape[-2:]))
     return kwargs, config.data

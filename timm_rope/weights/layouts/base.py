@@ -6,11 +6,10 @@ the dicts and prefixes that trainers put around them.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
-import torch
 from torch import Tensor
 
 from ...encodings import ENCODINGS
-from ...encodings._signature import format_signature, parse_signature
+from ...encodings._signature import format_signature, parse_signature, write_signature
 
 # what trainers call the weights in their checkpoints: (raw, averaged)
 CONTAINERS = (('state_dict', 'state_dict_ema'), ('model', 'model_ema'), ('module', 'module_ema'))
@@ -123,7 +122,7 @@ def signature(encoding: str, unknown: Tuple[str, ...] = (), **options: Any) -> T
     if unknown:
         _, named = parse_signature(text) or (encoding, {})
         text = format_signature(encoding, {k: v for k, v in named.items() if k not in unknown})
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+    return write_signature(text)
 
 
 def rename(tensors: Dict[str, Tensor], *pairs: Tuple[str, str]) -> Dict[str, Tensor]:
