@@ -85,7 +85,11 @@ def angle_gradient(grads: Tensor, q: Tensor, k: Tensor, payload: Tensor, rotatio
 
 
 def multiplications(payload: Tensor, rotation: Rotation) -> List[Tuple[int, Tensor]]:
-    """First channel of the view and turns (N, H or 1, pairs) or (B, N, H or 1, pairs) of the three multiplications."""
+    """The three multiplications: the channel from which a head is looked at, and the factors.
+
+    Factors are complex numbers of length one, (N, H or 1, pairs) or (B, N, H or 1, pairs), and one where a pair of this
+    view is not to turn.
+    """
     parts = payload.unflatten(-1, (4, rotation.groups)).transpose(-3, -4)  # tokens, heads, cos and sin of y and x
     roll = torch.complex(parts[..., 0, :], parts[..., 1, :])
     yaw = torch.complex(parts[..., 2, :], parts[..., 3, :])
@@ -98,13 +102,17 @@ def multiplications(payload: Tensor, rotation: Rotation) -> List[Tuple[int, Tens
 
 
 def first_channels(rotation: Rotation) -> Tuple[int, int]:
-    """Channel of a triplet at which the pair of the first step starts, and that of the second: roll 1, yaw 0."""
+    """Channel of a triplet at which the pair of the first step starts, and that of the second; 1 is roll, 0 is yaw."""
     assert isinstance(rotation, TripletRotation)
     return (1, 0) if rotation.order == 'yx' else (0, 1)
 
 
 def pair_places(rotation: Rotation) -> Iterator[Tuple[int, int, slice, slice]]:
-    """Which multiplication holds which step of which groups in which of its pairs."""
+    """Where the factors of each step go.
+
+    Yields:
+        Number of the multiplication, step, groups, and the pairs of channels in that view that belong to these groups.
+    """
     for step, channel in enumerate(first_channels(rotation)):
         for odd in (0, 1):  # whether the pair starts at an odd channel of the head
             group = (channel + odd) % 2
@@ -116,7 +124,7 @@ def pair_places(rotation: Rotation) -> Iterator[Tuple[int, int, slice, slice]]:
 
 
 def multiply_(x: Tensor, start: int, turns: Tensor) -> None:
-    """Multiply the pairs of channels of every head that begin at `start` by turns, in place."""
+    """Multiply the pairs of channels of every head that begin at `start` by complex factors, in place."""
     pairs = complex_view(x, start)
     pairs.mul_(turns.unsqueeze(-3))
     if start and x.dtype != torch.float32:
@@ -131,9 +139,9 @@ def complex_view(x: Tensor, start: int) -> Tensor:
     pairs = (x.shape[-1] - start) // 2
     if start == 0:
         return as_complex(x, pairs)
-    if x.dtype != torch.float32:  # processors demand that the 16 bytes of a double number are aligned
+    if x.dtype != torch.float32:  # the 16 bytes of a complex double would not be aligned, which processors demand
         return as_complex(x[..., start:start + 2 * pairs].contiguous(), pairs)
-    # torch views at even places of a memory only: so this is a view of the memory from the next number on
+    # torch makes complex views at even offsets of a storage only, so this is a storage that begins one number later
     memory = x.untyped_storage()[(x.storage_offset() + start) * x.element_size():]
     out = torch.empty(0, dtype=torch.complex64)
     return out.set_(memory, 0, (*x.shape[:-1], pairs), (*(s // 2 for s in x.stride()[:-1]), 1))

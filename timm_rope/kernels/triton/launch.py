@@ -61,7 +61,7 @@ def back_constants(head_dim: int, width: int, *shared: Any) -> Dict[str, Any]:
 
 
 def describe(rotation: Rotation, heads: int, dtype: torch.dtype) -> Tuple[Any, ...]:
-    """Arguments of `constants`."""
+    """Kind, order, heads, groups, size and bytes of a number, as `constants` takes them."""
     order = rotation.order if isinstance(rotation, TripletRotation) else ''
     return kind_of(rotation), order, heads, rotation.groups, rotation.size, dtype.itemsize
 
