@@ -28,11 +28,12 @@ from comparison.training import POINTS
 from machine import Row, describe, device_of, integer_from, read_result, summary, write_result
 from tqdm import tqdm
 
+from timm_rope import list_ropes
 from timm_rope.cli.demo.images import NoImages
 
 # in the order of table 2 of arXiv 2511.08368
-METHODS = ('ape', 'axial', 'axial_learned', 'uniform', 'spherical', 'spherical_learned', 'mixed', 'liere')
-MORE = ('spiral', 'none')
+METHODS = ('ape', *list_ropes())
+MORE = ('none',)
 TASKS = tuple(RECIPES['small'])
 RESULT = 'compare.json'
 

@@ -17,6 +17,7 @@ class Traffic(TorchDispatchMode):
     A tensor that is changed in place counts twice, broadcast axes count once. Caches are not modelled, and kernels that
     are launched past torch's dispatcher (Triton, code made by Inductor) are not seen.
     """
+    only_counts = True  # it keeps no tensor, so that ours may be changed in place as without it
 
     def __init__(self) -> None:
         super().__init__()

@@ -27,8 +27,10 @@ from peers import Spec, build, check_models, model_spec, parse_options, tokens_o
 from speed import UNIT, make_step
 from torch import nn
 
+from timm_rope import list_ropes
+
 MODELS = [
-    UNIT, *(f'vit_small_rope_{e}' for e in ('axial', 'mixed', 'spherical', 'spherical_learned', 'liere')),
+    UNIT, *(f'vit_small_rope_{name}' for name in list_ropes()),
     'vit_small_patch16_rope_mixed_224', 'naive:vit_small_rope_mixed']
 STATUS, CLEAR = Path('/proc/self/status'), Path('/proc/self/clear_refs')
 Setting = Dict[str, Any]

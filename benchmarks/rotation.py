@@ -29,7 +29,7 @@ from timm_rope import create_rope, list_ropes
 from timm_rope.kernels import ROUTES, VARIABLE, find_route, rotate, unpack
 from timm_rope.positions.coordinates import square_grid
 
-ENCODINGS = ['axial', 'mixed', 'spherical', 'spherical_learned', 'liere', 'liere,block=64']
+ENCODINGS = [*list_ropes(), 'liere,block=64']
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 HEAD_DIM = 64
 
@@ -51,7 +51,7 @@ class Case:
         with chosen(route), torch.no_grad():
             module = find_route(self.qkv, self.payload, self.rotation, heads)
             rotate(self.qkv, self.payload, self.rotation, heads)
-        self.took = 'formula' if module is None else module.__name__.rpartition('.')[2]
+        self.took = 'formula' if module is None else module.NAME
 
     def forward(self) -> None:
         with chosen(self.route), torch.no_grad():

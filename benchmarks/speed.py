@@ -40,9 +40,11 @@ from machine import (
 from peers import Spec, build, check_models, model_spec, parse_options, tokens_of
 from torch import nn
 
+from timm_rope import list_ropes
+
 UNIT = 'deit3_small_patch16_224'
 MODELS = [
-    UNIT, *(f'vit_small_rope_{e}' for e in ('axial', 'mixed', 'uniform', 'spherical', 'spherical_learned', 'liere')),
+    UNIT, *(f'vit_small_rope_{name}' for name in list_ropes()),
     'vit_small_patch16_rope_224', 'vit_small_patch16_rope_mixed_224',
     'naive:vit_small_rope_axial', 'naive:vit_small_rope_mixed']
 MODES, RUNS = ('eval', 'train'), ('eager', 'compile')

@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from machine import Row, add_common, autocast, describe, integer_from, summary, write_result
 from peers import Spec, model_spec
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-MODELS = [f'vit_tiny_rope_{e}' for e in ('axial', 'mixed', 'spherical', 'spherical_learned', 'liere')]
+from timm_rope import list_ropes
+from timm_rope.cli._training import WEIGHT_DECAY, set_up
+
+MODELS = [f'vit_tiny_rope_{name}' for name in list_ropes()]
 # LayerScale starts at 1: from the 1e-4 of the entry points, a run this short gets nowhere
 MODEL: Dict[str, Any] = dict(img_size=48, patch_size=8, depth=4, init_values=1., num_classes=4)
-LEARNING_RATE, WEIGHT_DECAY = 1e-3, .05
+LEARNING_RATE = 1e-3
 CHANCE = 1 / MODEL['num_classes']
 
 
@@ -48,10 +49,7 @@ def train(spec: Spec, steps: int, batch: int, device: torch.device) -> Row:
     """Train one model, test it on new images, and check both."""
     torch.manual_seed(0)
     model = timm.create_model(spec.name, **{**MODEL, **spec.options}).to(device, memory_format=torch.channels_last)
-    optimizer = create_optimizer_v2(model, opt='adamw', lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    scheduler = CosineLRScheduler(
-        optimizer, t_initial=max(2, steps), warmup_t=steps // 10, warmup_lr_init=LEARNING_RATE / 100,
-        t_in_epochs=False)
+    optimizer, scheduler = set_up(model, steps, LEARNING_RATE)
     freqs = learned_freqs(model)
     initial = [p.detach().clone() for p in freqs]
     generator = torch.Generator().manual_seed(0)

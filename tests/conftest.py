@@ -1,9 +1,12 @@
 """Fixtures that several test modules share."""
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1] / 'benchmarks'))  # scripts, no package: tests import them by name
 # A shell that starts the tests in the background makes them, and all their processes, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tiny models gain nothing from threads and lose a lot where the cores are shared; subprocesses inherit this.

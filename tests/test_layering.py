@@ -93,3 +93,34 @@ def test_every_encoding_explains_itself(name):
     assert cls.source in cls.__doc__ and 'head_dim' in cls.__doc__
     assert all(f'{option}:' in cls.__doc__ for option in cls.option_defaults()), 'every option is documented'
     assert cls.relative in ('xy', 'last', '')
+
+
+# -- sizes: the package grows by files and rooms, not by floors
+
+ROOM = dict(positions=330, rotations=700, encodings=1500, models=1550, kernels=1700, weights=2000, cli=2600)
+CORE = ('positions', 'rotations', 'encodings', 'models')
+
+
+def lines_of(*paths):
+    return sum(len(path.read_text().splitlines()) for path in paths)
+
+
+@pytest.mark.parametrize('path', FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
+def test_no_file_function_or_class_is_long(path):
+    encoding = path.parent.name == 'encodings' and not path.name.startswith('_')
+    sizes = [(path.name, lines_of(path), 120 if encoding else 300)]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            length = node.end_lineno - node.lineno + 1
+            sizes.append((node.name, length, 260 if isinstance(node, ast.ClassDef) else 60))
+    for name, length, bound in sizes:
+        assert length <= bound, f'{name} has {length} lines, the bound is {bound}: split it or cut'
+
+
+def test_no_room_is_crowded():
+    files = {name: sorted((PACKAGE / name).rglob('*.py')) for name in ROOM}
+    for name, bound in ROOM.items():
+        assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
+    core = sum(lines_of(*files[name]) for name in CORE)
+    assert core <= 3700, f'{", ".join(CORE)} have {core} lines together, the bound is 3700'
+    assert lines_of(*FILES) <= 9400, f'the package has {lines_of(*FILES)} lines, the bound is 9400'

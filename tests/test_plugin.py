@@ -171,6 +171,7 @@ def test_opt_out_hides_the_models_until_timm_rope_is_imported(opted_out):
     assert 'timm_rope' not in opted_out['stderr']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('switch, imports', [
     ('TIMM_ROPE_AUTOLOAD', 'import torch, timm_rope, timm'),  # torch's autoload has imported the package and dropped it
     ('TORCH_DEVICE_BACKEND_AUTOLOAD', 'import timm_rope, timm'),
@@ -271,6 +272,7 @@ except ImportError as error:
 
 # -- other processes
 
+@pytest.mark.slow
 def test_spawned_dataloader_workers_find_the_models(tmp_path):
     (tmp_path / 'script.py').write_text(inspect.cleandoc('''
         import torch
@@ -291,6 +293,7 @@ def test_spawned_dataloader_workers_find_the_models(tmp_path):
     assert found == [5721832 - 196 * 192]  # DeiT-III-Ti without its position embedding
 
 
+@pytest.mark.slow
 def test_torchrun_ranks_find_the_models(tmp_path):
     (tmp_path / 'script.py').write_text(inspect.cleandoc('''
         import timm

@@ -6,6 +6,7 @@ an operation that is fast and the plain formula, which everybody understands.
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 @torch.jit.unused
@@ -46,7 +47,7 @@ def writable(*tensors: Tensor) -> bool:
     """Whether the tensors are memory that may be written to now: nothing is recorded, compiled or transformed."""
     if torch.compiler.is_compiling() or recording() or forward_mode():
         return False
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if not all(getattr(mode, 'only_counts', False) for mode in _get_current_dispatch_mode_stack()):
         return False  # a mode may keep what it saw, as selective activation checkpointing does
     return plain(*tensors)
 

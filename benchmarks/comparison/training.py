@@ -10,11 +10,10 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from timm_rope.cli._training import set_up
 from timm_rope.cli.demo.command import autocast
 
 from .recipe import Recipe
@@ -96,11 +95,8 @@ class Training:
         self.model, self.recipe = model, recipe
         self.device = next(model.parameters()).device
         self.forward: Any = torch.compile(model, dynamic=False) if self.device.type == 'cuda' else model
-        self.optimizer = create_optimizer_v2(
-            model, opt='adamw', lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        self.scheduler = CosineLRScheduler(
-            self.optimizer, t_initial=max(2, recipe.steps), warmup_t=recipe.steps // 10,
-            warmup_lr_init=recipe.learning_rate / 100, t_in_epochs=False)
+        self.optimizer, self.scheduler = set_up(
+            model, recipe.steps, recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.step = 0
         self.seconds = 0.  # before it was taken up
         self.curve: List[Row] = []

@@ -81,6 +81,7 @@ def test_doctor_finds_this_environment_healthy(lines):
     assert out['rotation kernel'] == ('triton' if out['device'].startswith('cuda') else 'inplace')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('choice,kernel,problem', [
     ('formula', 'formula', None),
     ('fast', 'unknown', "TIMM_ROPE_KERNEL must be one of auto, formula, inplace, triton, got 'fast'."),

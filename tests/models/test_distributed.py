@@ -198,6 +198,7 @@ def fsdp(tmp_path_factory):
     return launch('fsdp', tmp_path_factory.mktemp('fsdp'))
 
 
+@pytest.mark.slow
 @needs_gloo
 @pytest.mark.parametrize('case', CASES)
 def test_ddp_processes_end_with_equal_weights(ddp, case):
@@ -216,6 +217,7 @@ def test_ddp_trains_as_one_process(ddp, case):
     torch.testing.assert_close(ddp[0][case]['end'], ddp[0][case]['single'], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_gloo
 @pytest.mark.parametrize('case', CASES)
 def test_fsdp_gradients_are_those_of_one_process(fsdp, case):

@@ -116,6 +116,7 @@ def test_copies_that_are_trained_themselves_decide_themselves():
     assert [m.rope.reference_grid.tolist() for m in (model, other)] == [[6, 6], [8, 8]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES[:2])
 def test_compiled_whole(name):
     model, plain = make(name), make(name)

@@ -42,6 +42,7 @@ def resized(state, size):
     return {**state, 'pos_embed': table.flatten(2).transpose(1, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ours,theirs', [
     ('vit_small_rope_axial', 'vit_small_patch16_rope_224'),
     ('vit_small_rope_mixed', 'vit_small_patch16_rope_mixed_224'),

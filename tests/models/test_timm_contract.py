@@ -42,6 +42,7 @@ def report():
     return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', [*MODELS, SWIN])
 def test_contract(report, model):
     outcomes = [outcome for outcome in report if outcome.model == model]

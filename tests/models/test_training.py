@@ -99,6 +99,7 @@ def trained(request, digits_folder, tmp_path_factory):
         initial=initial, initial_freqs=initial_freqs, losses=losses)
 
 
+@pytest.mark.slow
 def test_trains(trained):
     rope, freqs = trained.model.rope, trained.model.rope.freqs
     first, second, third = trained.losses

@@ -447,6 +447,7 @@ def test_a_failed_resize_loses_nothing():
 
 # -- graphs
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [  # one of each rotation
     'vit_tiny_rope_mixed_ape', 'vit_tiny_rope_spherical', 'vit_tiny_rope_liere'])
 def test_compile_takes_new_sizes_with_one_recompilation(name):

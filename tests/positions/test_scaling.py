@@ -401,6 +401,7 @@ def test_torchscript_and_fx(name, rule):
                 assert torch.allclose(graph(x), model(x), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,rule', [('axial', 'interpolate'), ('mixed', 'ntk')])
 def test_compile_takes_any_size(name, rule):
     torch._dynamo.reset()

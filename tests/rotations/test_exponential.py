@@ -220,6 +220,7 @@ def test_functional_transforms_and_forward_mode(size):
         assert torch.allclose(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dynamic', [False, True])
 @pytest.mark.parametrize('size', [4, 8])
 def test_compiled_whole_with_gradients(size, dynamic, monkeypatch):
@@ -240,6 +241,7 @@ def test_compiled_whole_with_gradients(size, dynamic, monkeypatch):
         assert torch.allclose(gradient, expected_gradient, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_transforms():
     freqs, y, x = generators(8, 2, dtype=torch.float64), cells(2), cells(2)
     table = lambda f: block_table(f, y, x, 8)  # noqa: E731

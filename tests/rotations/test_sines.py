@@ -32,6 +32,7 @@ def test_gradient_of_the_operator():
     assert torch.autograd.gradcheck(lambda f: sines.operator(position, f), freqs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['axial', 'mixed', 'spherical_learned'])
 @pytest.mark.parametrize('dynamic', [False, True])
 def test_compiled_tables_with_gradients(name, dynamic, monkeypatch):

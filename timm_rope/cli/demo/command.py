@@ -17,20 +17,18 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from timm.utils import AverageMeter
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...encodings import list_ropes
+from .._training import WEIGHT_DECAY, set_up
 from .images import SOURCES, Images, NoImages, load_images
 
 # LayerScale starts at 1: from the 1e-4 of the entry points, a run this short gets nowhere
 MODEL: Dict[str, Any] = dict(embed_dim=64, depth=3, num_heads=2, init_values=1., in_chans=1, num_classes=10)
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
-WEIGHT_DECAY = .05
 CAVEAT = 'One seed, a demonstration, not a benchmark.'
 
 
@@ -195,10 +193,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: i
     """
     random = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(labels) // BATCH_SIZE)
-    optimizer = create_optimizer_v2(model, opt='adamw', lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    scheduler = CosineLRScheduler(
-        optimizer, t_initial=max(2, steps), warmup_t=steps // 10, warmup_lr_init=LEARNING_RATE / 100,
-        t_in_epochs=False)
+    optimizer, scheduler = set_up(model, steps, LEARNING_RATE)
     model.train()
     losses = AverageMeter()
     step = 0
