@@ -48,7 +48,7 @@ def learned_freqs(model: nn.Module) -> List[nn.Parameter]:
 def train(spec: Spec, steps: int, batch: int, device: torch.device) -> Row:
     """Train one model, test it on new images, and check both."""
     torch.manual_seed(0)
-    model = timm.create_model(spec.name, **{**MODEL, **spec.options}).to(device)
+    model = timm.create_model(spec.name, **{**MODEL, **spec.options}).to(device, memory_format=torch.channels_last)
     optimizer, scheduler = set_up(model, steps, LEARNING_RATE)
     freqs = learned_freqs(model)
     initial = [p.detach().clone() for p in freqs]
@@ -59,7 +59,7 @@ def train(spec: Spec, steps: int, batch: int, device: torch.device) -> Row:
     for step in range(steps):
         images, labels = make_batch(batch, generator, device)
         with autocast(device, 'bf16-autocast'):
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

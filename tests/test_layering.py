@@ -14,12 +14,13 @@ PACKAGE = Path(timm_rope.__file__).parent
 ALLOWED = {
     '_version': set(),
     '_checks': set(),
-    '_precision': set(),
+    '_tracing': set(),
+    '_precision': {'_tracing'},
     'plugin': set(),
     'positions': {'_precision'},
-    'rotations': {'_precision'},
-    'encodings': {'positions', 'rotations', '_checks'},
-    'kernels': {'rotations', '_precision'},
+    'rotations': {'_precision', '_tracing'},
+    'encodings': {'positions', 'rotations', '_checks', '_tracing'},
+    'kernels': {'rotations', '_precision', '_tracing'},
     'weights': {'encodings', 'positions', '_checks', '_version'},
     'models': {'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks'},
     'cli': {'models', 'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_version', 'plugin'},
@@ -28,8 +29,8 @@ ALLOWED = {
 }
 # what must work without timm: whole rooms, and modules of the others
 FREE_OF_TIMM = [
-    '__init__', '__main__', '_version', '_checks', '_precision', 'plugin', 'positions', 'rotations', 'encodings',
-    'kernels', 'weights/files', 'weights/hub', 'weights/hub_cache', 'cli/encodings', 'cli/recipe']
+    '__init__', '__main__', '_version', '_checks', '_precision', '_tracing', 'plugin', 'positions', 'rotations',
+    'encodings', 'kernels', 'weights/files', 'weights/hub', 'weights/hub_cache', 'cli/encodings', 'cli/recipe']
 
 
 def unit_of(path):

@@ -1,22 +1,10 @@
-"""In which dtype positions, angles and exponentials are computed."""
+"""In which dtype positions, angles and exponentials are computed, whatever autocast says."""
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-
-@torch.jit.unused
-def recording() -> bool:
-    """Whether a graph is being recorded for another runtime (export, ONNX), which may know fewer operators."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
-
-
-@torch.jit.unused
-def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode AD looks on; may be asked in what is compiled, too."""
-    # there the stack is never None, but knows its type
-    level = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
-    return level or torch.autograd.forward_ad._current_level >= 0
+from ._tracing import recording
 
 
 def widest(tensor: Tensor) -> Tensor:

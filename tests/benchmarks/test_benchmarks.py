@@ -355,7 +355,7 @@ def test_gpu_sh_runs_parts_that_the_scripts_understand(tmp_path, quick, monkeypa
     assert {name for name, _ in seen} == set(scripts) and len(set(files)) == len(files) == 6
     assert any(call[:4] == ['-m', 'pytest', '-m', 'gpu'] for call in calls)
     limits = [int(seconds) for seconds in re.findall(r'at most (\d+) s', done.stdout)]
-    assert len(limits) == 8 and (quick == '1' or sum(limits) <= 540)
+    assert len(limits) == 9 and (quick == '1' or sum(limits) <= 480)
     assert done.stdout == (tmp_path / 'out' / 'log.txt').read_text()
 
 
@@ -366,6 +366,33 @@ def test_gpu_sh_goes_on_after_a_part_that_fails(tmp_path, code, said):
     done, _ = run_gpu_sh(tmp_path, script, OUT=str(tmp_path / 'out'))
     assert done.returncode == 1 and f'rotation: {said}' in done.stdout
     assert 'memory: done' in done.stdout and 'large: done' in done.stdout
+
+
+def test_gpu_sh_gives_no_part_more_than_what_is_left(tmp_path):
+    done, calls = run_gpu_sh(tmp_path, '', OUT=str(tmp_path / 'out'), MINUTES='0')
+    assert done.returncode == 1 and done.stdout.count('no time left') == 9
+    assert not any(call[0].startswith('benchmarks/') for call in calls)
+    done, _ = run_gpu_sh(tmp_path, '', OUT=str(tmp_path / 'out'), MINUTES='1')
+    limits = [int(seconds) for seconds in re.findall(r'at most (\d+) s', done.stdout)]
+    assert max(limits) <= 60 and 'train: done' in done.stdout
+
+
+@pytest.mark.slow
+def test_gpu_sh_is_rehearsed_on_the_cpu(tmp_path):
+    """All parts, with tiny models: what would stop on a GPU for another reason than the GPU stops here."""
+    out = tmp_path / 'out'
+    env = {**os.environ, 'PYTHON': sys.executable, 'QUICK': '1', 'OUT': str(out), 'COMMIT': 'rehearsed'}
+    done = subprocess.run([str(BENCHMARKS / 'gpu.sh')], env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    assert done.stdout.count(': done after') == 9
+    files = sorted(path.name for path in out.iterdir())
+    results = ['memory.json', 'rotation.json', 'speed.json', 'speed_compile.json', 'speed_large.json', 'train.json']
+    assert files == sorted(['log.txt', 'machine.txt', *results])
+    line = (out / 'machine.txt').read_text()
+    assert all(word in line for word in ('torch ', 'triton', 'timm ', 'commit rehearsed')) and line in done.stdout
+    for name in results:
+        content = machine.read_result(out / name)
+        assert not any(row.get('error') for row in content['rows']), name
 
 
 def test_gpu_sh_says_what_is_missing(tmp_path):

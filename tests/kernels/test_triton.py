@@ -264,6 +264,22 @@ def check_refusals(case, device):
         triton_kernels.turn_back(q, k, v, payload.double(), PairRotation(8, 4), q, k, True)
 
 
+def check_trial(case, device):
+    """What `guard.may_turn` asks of a route; every kind and dtype of the cases, also with a kernel that is broken."""
+    from timm_rope.kernels import guard
+    from timm_rope.kernels.triton import kernels as triton_kernels
+
+    inputs = Inputs(case, device)
+    tried = guard._tried(triton_kernels, inputs.packed, inputs.payload, inputs.rotation)
+    assert tried == '', tried
+    kernel, triton_kernels.turn_back_kernel = triton_kernels.turn_back_kernel, None
+    try:
+        tried = guard._tried(triton_kernels, inputs.packed, inputs.payload, inputs.rotation)
+        assert tried.startswith('raised TypeError'), tried
+    finally:
+        triton_kernels.turn_back_kernel = kernel
+
+
 def title(case):
     make, arguments, heads, batch, tokens, dtype, peculiar = case
     rotation = make(*arguments)
@@ -274,6 +290,7 @@ def title(case):
 CHECKS = {
     **{f'turn {title(case)}': (check_turn, case) for case in CASES},
     **{f'turn back {title(case)}': (check_turn_back, case) for case in CASES},
+    **{f'trial {title(case)}': (check_trial, case) for case in CASES},
     'empty': (check_empty, None),
     'refusals': (check_refusals, None),
 }

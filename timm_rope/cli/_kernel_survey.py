@@ -1,9 +1,9 @@
-"""Which route turns what on this machine: tried, not concluded."""
+"""Which route turns queries and keys on this machine: found out by turning some, not by looking at versions."""
 from typing import Dict
 
 import torch
 
-from ..kernels import find_route, rotate, unpack
+from ..kernels import find_route, guard, rotate, unpack
 from ..rotations.formulas import BlockRotation, PairRotation, TripletRotation
 
 IMAGES, HEAD_DIM, HEADS, TOKENS = 4, 64, 2, 5
@@ -47,8 +47,9 @@ def survey(device: str) -> Dict[str, str]:
 
 
 def summary(results: Dict[str, str]) -> str:
-    """One line of a survey: the route, if it is the same for all, else which for what."""
+    """One line of a survey: the route, if it is the same for all, else which for what; and what does not work."""
     routes = sorted(set(results.values()))
-    if len(routes) == 1:
-        return routes[0]
-    return '; '.join(f'{route} ({", ".join(k for k, v in results.items() if v == route)})' for route in routes)
+    parts = routes
+    if len(routes) > 1:
+        parts = [f'{route} ({", ".join(k for k, v in results.items() if v == route)})' for route in routes]
+    return '; '.join([*parts, *guard.switched_off()])

@@ -1,7 +1,7 @@
 """`python -m timm_rope doctor`: does a script that only imports timm find our models, and if not, why.
 
-Whether it does is not concluded but tried, in a child process. That is also where torch and timm are imported: this
-module needs neither, since it must work where they are missing, too old or broken.
+Whether it does is not concluded but tried, in a child process. torch and timm are imported there only: this module
+needs neither, since it must work where they are missing, too old or broken.
 """
 import argparse
 import importlib.util

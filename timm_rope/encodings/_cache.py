@@ -4,6 +4,8 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+from .._tracing import plain
+
 BYTES = 2 ** 28  # of payloads that are kept beside those of the last grid: images of a few sizes may take turns
 
 
@@ -84,9 +86,4 @@ def _is_plain(tensors: Tuple[Tensor, ...]) -> bool:
     if not _can_compare(tensors) and any(isinstance(t, torch.nn.Parameter) for t in tensors):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return False
-    return all(
-        type(t) in (Tensor, torch.nn.Parameter)
-        and not t.is_meta
-        and not t.is_inference()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-        for t in tensors)
+    return plain(*tensors) and not any(t.is_inference() for t in tensors)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..kernels import does_nothing, owned, rotate, unpack
 from ..rotations.formulas import Rotation
 
-# traced graphs keep these two as single nodes, as timm's own attention does
+# traced graphs keep these two as single nodes, as those of timm's own attention do
 torch.fx.wrap('maybe_add_mask')
 torch.fx.wrap('resolve_self_attn_mask')
 

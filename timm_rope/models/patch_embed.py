@@ -66,3 +66,9 @@ def to_image_size(img_size: Any, patch_size: Tuple[int, int], pad: bool) -> Tupl
             f'img_size must be a multiple of the patch {patch_size[0]}x{patch_size[1]} (or set dynamic_img_pad=True), '
             f'got {size[0]}x{size[1]}.')
     return padded
+
+
+def new_sizes(embed: Any, img_size: Any, patch_size: Any) -> Tuple[Tuple[int, int], Tuple[int, int]]:
+    """Validate the arguments of `set_input_size`: image and patch size, where None keeps that of the embedding."""
+    patch = to_size(embed.patch_size if patch_size is None else patch_size, 'patch_size')
+    return to_image_size(embed.img_size if img_size is None else img_size, patch, bool(embed.dynamic_img_pad)), patch

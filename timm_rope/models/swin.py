@@ -5,7 +5,6 @@ heads changes from stage to stage; it lies inside the attention, so that pruning
 checkpointing of blocks take it along.
 """
 from functools import partial
-from numbers import Integral
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -16,7 +15,8 @@ from ..encodings import RotaryEncoding, create_rope
 from ..weights.fit_swin import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
 from ..weights.fit_swin import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed
-from .patch_embed import GridPatchEmbed, to_image_size, to_size
+from .patch_embed import GridPatchEmbed, new_sizes, to_image_size, to_size
+from .rotary import RotaryModel, take_options
 from .window_attention import NaverWindowBlock, RopeWindowAttention
 
 WINDOW = 7
@@ -27,7 +27,7 @@ DEFAULTS: Dict[str, Dict[str, Any]] = {'axial': dict(temperature=50.), 'axial_le
 Size = Union[int, Tuple[int, int]]
 
 
-class RopeSwinTransformer(Checkpointed, SwinTransformer):
+class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
     """timm's SwinTransformer with a rotary position encoding inside its windows.
 
     Coordinates are those in the window, after shift and partition: x is the column, y the row, both from 0. The
@@ -95,12 +95,18 @@ class RopeSwinTransformer(Checkpointed, SwinTransformer):
         check_flag(rel_pos_bias, 'rel_pos_bias')
         check_choice(weight_init, WEIGHT_INITS, 'weight_init')
         depths, num_heads = _per_stage(depths, 'depths'), _per_stage(num_heads, 'num_heads')
-        head_dims = _head_dims(check_integer(embed_dim, 'embed_dim'), depths, num_heads, head_dim)
+        head_dims = _head_dims(check_integer(embed_dim, 'embed_dim'), num_heads, head_dim)
+        for name, values in (('num_heads', num_heads), ('head_dim', head_dims)):
+            if len(values) != len(depths):
+                raise ValueError(f'depths and {name} must be as many, got {depths} and {values}.')
         patch = to_size(patch_size, 'patch_size')
         img_size = to_image_size(img_size, patch, dynamic_img_pad)
-        windows = _windows(window_size, window_ratio, (img_size[0] // patch[0], img_size[1] // patch[1]), len(depths))
-        options = {k: kwargs.pop(k) for k in list(kwargs) if k.startswith('rope_')}
-        make_rope = _rope_maker(rope_encoding, options)
+        grid = img_size[0] // patch[0], img_size[1] // patch[1]
+        try:
+            windows = _windows(window_size, window_ratio, grid, len(depths))
+        except AssertionError as error:  # set_input_size() leaves timm's own errors as they are
+            raise ValueError(f'window_size or window_ratio: {error}') from None
+        make_rope = _rope_maker(rope_encoding, take_options(rope_encoding, kwargs))
         for channels, heads in zip(head_dims, num_heads):  # refuses what does not fit before anything is built
             make_rope(channels, heads, (WINDOW, WINDOW), 'meta', dtype)
 
@@ -112,7 +118,8 @@ class RopeSwinTransformer(Checkpointed, SwinTransformer):
             weight_init='skip', device=device, dtype=dtype, **kwargs)
 
         self.rel_pos_bias = rel_pos_bias
-        # timm names the classes of block and attention in the middle of its constructors, so they are changed here
+        # timm names the classes of block and attention in the middle of its constructors and takes no other ones, so
+        # they are changed here: NAVER's block differs in one method and no state, so its class is enough
         for layer, window, heads, channels in zip(self._stages(), windows, num_heads, head_dims):
             for block in layer.blocks:
                 if window_rule == 'naver':
@@ -158,39 +165,18 @@ class RopeSwinTransformer(Checkpointed, SwinTransformer):
             always_partition: Shift also where the image fits in a window; None keeps the current choice.
             rope_scaling: New rule for windows larger than the reference grid; None keeps the current one.
         """
-        if rope_scaling is not None:
-            for rope in self._ropes():
-                rope.check_scaling(rope_scaling)
-        patch = to_size(self.patch_embed.patch_size if patch_size is None else patch_size, 'patch_size')
-        size = to_image_size(
-            self.patch_embed.img_size if img_size is None else img_size, patch,
-            bool(self.patch_embed.dynamic_img_pad))
-        _check_integers(window_size, 'window_size')
-        _check_integers(window_ratio, 'window_ratio')
+        self._check_rope_scaling(rope_scaling)
+        size, patch = new_sizes(self.patch_embed, img_size, patch_size)
+        _windows(window_size, window_ratio, (size[0] // patch[0], size[1] // patch[1]), len(self._stages()))
         super().set_input_size(
             size if img_size is not None or patch_size is not None else None, None if patch_size is None else patch,
             window_size, window_ratio, always_partition)
         if rope_scaling is not None:
             self.set_rope_scaling(rope_scaling)
 
-    def set_rope_scaling(self, scaling: str, log_n: Optional[bool] = None) -> None:
-        """Change what happens in windows larger than the reference grid, see `scaling.py`. No weight changes.
-
-        Args:
-            scaling: 'extrapolate', 'interpolate', 'ntk' or 'yarn'.
-            log_n: Whether attention scores are multiplied by ln(n) / ln(n_ref) in larger windows; None keeps it.
-
-        Raises:
-            ValueError: No encoding, or a rule that there is not or that has no meaning for it. Nothing is changed.
-        """
-        for rope in self._ropes():  # all have one name and options: what the first refuses has changed none
-            rope.set_scaling(scaling, log_n)
-
-    def _ropes(self) -> List[RotaryEncoding]:
-        ropes = [block.attn.rope for layer in self._stages() for block in layer.blocks]
-        if any(rope is None for rope in ropes):
-            raise ValueError("rope_scaling needs a rotary encoding, this model has rope_encoding='none'.")
-        return ropes
+    @torch.jit.ignore
+    def _encodings(self) -> List[Optional[RotaryEncoding]]:
+        return [block.attn.rope for layer in self._stages() for block in layer.blocks]
 
     # -- checkpoints
 
@@ -207,51 +193,40 @@ def _per_stage(value: Any, name: str) -> Tuple[int, ...]:
     return tuple(check_integer(each, name) for each in value)
 
 
-def _head_dims(width: int, depths: Tuple[int, ...], num_heads: Tuple[int, ...], head_dim: Any) -> Tuple[int, ...]:
+def _head_dims(width: int, num_heads: Tuple[int, ...], head_dim: Any) -> Tuple[int, ...]:
     """Channels per head of each stage."""
     if isinstance(head_dim, (tuple, list)):
-        head_dims = _per_stage(head_dim, 'head_dim')
-    elif head_dim is not None:
-        head_dims = (check_integer(head_dim, 'head_dim'),) * len(depths)
-    else:
-        for stage, heads in enumerate(num_heads):
-            if width * 2 ** stage % heads:
-                raise ValueError(
-                    f'num_heads of stage {stage} must divide its width {width * 2 ** stage}, got {heads}; or give '
-                    f'head_dim.')
-        head_dims = tuple(width * 2 ** stage // heads for stage, heads in enumerate(num_heads))
-    for name, values in (('num_heads', num_heads), ('head_dim', head_dims)):
-        if len(values) != len(depths):
-            raise ValueError(f'depths and {name} must be as many, got {depths} and {values}.')
-    return head_dims
+        return _per_stage(head_dim, 'head_dim')
+    if head_dim is not None:
+        return (check_integer(head_dim, 'head_dim'),) * len(num_heads)
+    widths = [width * 2 ** stage for stage in range(len(num_heads))]
+    for stage, (channels, heads) in enumerate(zip(widths, num_heads)):
+        if channels % heads:
+            raise ValueError(
+                f'num_heads of stage {stage} must divide its width {channels}, got {heads}; or give head_dim.')
+    return tuple(channels // heads for channels, heads in zip(widths, num_heads))
 
 
 def _windows(window_size: Any, window_ratio: Any, grid: Tuple[int, int], stages: int) -> Tuple[Tuple[int, int], ...]:
-    """Window of each stage as the constructor is asked for it, before it is cut to the image."""
-    _check_integers(window_size, 'window_size')
-    _check_integers(window_ratio, 'window_ratio')
+    """Window of each stage as a model is asked for it, before it is cut to the image.
+
+    Raises:
+        ValueError: Something is no integer.
+        AssertionError: What timm refuses.
+    """
     try:
         if window_size is None and window_ratio is not None:
-            return window_sizes_from_ratio(grid, window_ratio, stages)
-        return resolve_stage_window_sizes(WINDOW if window_size is None else window_size, stages)
-    except AssertionError as error:  # set_input_size() leaves timm's own errors as they are
+            windows = window_sizes_from_ratio(grid, window_ratio, stages)
+        else:
+            windows = resolve_stage_window_sizes(WINDOW if window_size is None else window_size, stages)
+    except TypeError as error:
         raise ValueError(f'window_size or window_ratio: {error}') from None
-
-
-def _check_integers(value: Any, name: str) -> None:
-    """None, or integers in lists of any depth; timm checks how many, and that they are positive."""
-    if isinstance(value, (tuple, list)):
-        for each in value:
-            _check_integers(each, name)
-    elif value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
-        raise ValueError(f'{name} must be an integer, or integers in a list, got {value!r}.')
+    return tuple(to_size(window, 'window_size') for window in windows)
 
 
 def _rope_maker(encoding: str, options: Dict[str, Any]) -> Callable[..., Optional[RotaryEncoding]]:
     """What makes the encoding of one block of head_dim, heads, window, device and dtype; None without an encoding."""
     if encoding == 'none':
-        if options:
-            raise ValueError(f'{", ".join(options)} need a rope_encoding, got rope_encoding={encoding!r}.')
         return lambda *args: None
     if 'rope_share_layers' in options:
         raise ValueError(

@@ -10,14 +10,13 @@ that change from batch to batch need no special case.
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
-from timm.layers import PatchDropoutWithIndices, resample_abs_pos_embed, trunc_normal_
+from timm.layers import PatchDropoutWithIndices
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.jit import Final
 
-from .._checks import check_choice, check_integer
 from ..encodings import RotaryEncoding, create_rope
 from ..encodings._payloads import keep_tokens
 from ..weights.fit_vit import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
@@ -25,15 +24,17 @@ from ..weights.fit_vit import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed
 from .attention import RopeBlock
 from .norms import get_norm
-from .patch_embed import GridPatchEmbed, to_image_size, to_size
+from .patch_embed import GridPatchEmbed, new_sizes, to_image_size, to_size
+from .plain_vit import PlainVisionTransformer, check_arguments
+from .rotary import RotaryModel, take_options
 
+# Traced graphs keep it as a single node. torch.fx patches names of the module in which `wrap` is called, so that each
+# module which uses such a function has to say so.
 torch.fx.wrap('keep_tokens')
-torch.fx.wrap('resample_abs_pos_embed')
-
-WEIGHT_INITS = ('', 'jax', 'jax_nlhb', 'moco', 'reset', 'skip', 'naver')
 
 
-class RopeVisionTransformer(Checkpointed, VisionTransformer):
+
+class RopeVisionTransformer(RotaryModel, Checkpointed, PlainVisionTransformer):
     """timm's VisionTransformer with a rotary position encoding.
 
     The encoding is the child `rope`, created from `rope_encoding` and every argument that starts with `rope_`; its
@@ -69,7 +70,6 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
         TypeError: An argument that neither timm nor any encoding knows.
     """
     drop_patches: Final[bool]
-    pos_embed_grid: Tensor
 
     def __init__(
             self,
@@ -93,18 +93,11 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             dtype=None,
             **kwargs: Any,
     ) -> None:
-        for name in ('block_fn', 'attn_layer'):
-            if name in kwargs:
-                raise TypeError(f'{name} is set by RopeVisionTransformer and cannot be given.')
-        check_choice(weight_init, WEIGHT_INITS, 'weight_init')
-        check_choice(pos_embed, ('learn', 'none', ''), 'pos_embed')
+        check_arguments(embed_dim, depth, num_heads, pos_embed, weight_init, kwargs)
         norm_layer = get_norm(norm_layer, norm_eps)
-        check_integer(depth, 'depth')
-        if check_integer(embed_dim, 'embed_dim') % check_integer(num_heads, 'num_heads'):
-            raise ValueError(f'embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}.')
         patch = to_size(patch_size, 'patch_size')
         img_size = to_image_size(img_size, patch, dynamic_img_pad)
-        options = {k: kwargs.pop(k) for k in list(kwargs) if k.startswith('rope_')}
+        options = take_options(rope_encoding, kwargs)
         rope: Optional[RotaryEncoding] = None
         told = 'rope_reference_grid' in options
         if rope_encoding != 'none':
@@ -112,8 +105,6 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             rope = create_rope(
                 rope_encoding, embed_dim // num_heads, num_heads, depth,
                 options.pop('rope_reference_grid'), device, dtype, **options)
-        elif options:
-            raise ValueError(f'{", ".join(options)} need a rope_encoding, got rope_encoding={rope_encoding!r}.')
 
         def block(**block_kwargs: Any) -> RopeBlock:
             if drop_path_uniform:
@@ -131,39 +122,28 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
         if self.drop_patches:
             self.patch_drop = PatchDropoutWithIndices(  # type: ignore[assignment]
                 patch_drop_rate, num_prefix_tokens=self.num_prefix_tokens)
-        if self.pos_embed is not None:
-            # tells 4x16 from 8x8 when the embedding is resized to another model's grid; not of integers, since people
-            # average weights
-            self.register_buffer('pos_embed_grid', torch.empty(2, device=device, dtype=torch.float32))
-            self._record_pos_embed_grid()
+        self._add_pos_embed_grid(device)
         self.rope = rope
         if rope is not None and not told:
             # that of the stem, which may have strides of its own; training may change it once more
             rope.set_initial_grid(self.patch_embed.grid_size)
-        for name in list(self._modules)[list(self._modules).index('blocks'):]:
-            # rope before blocks and the head last: timm drops the last two parameters as "the head"
-            if name != 'rope':
-                self._modules[name] = self._modules.pop(name)
+        self._move_rope_before_blocks()
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init  # type: ignore[assignment]
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
 
-    # -- initialisation, training
+    def _move_rope_before_blocks(self) -> None:
+        """Let `parameters()` end with the head, as in timm's models.
 
-    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
-        """Initialise all weights; `mode` is one of timm's schemes or 'naver' (default: the one of the constructor)."""
-        mode = mode or self.weight_init_mode
-        if mode != 'naver':
-            super().init_weights(mode, needs_reset)
-        else:
-            kept, self.weight_init_mode = self.weight_init_mode, ''
-            super().init_weights('', needs_reset)
-            self.weight_init_mode = kept
-            for token in (self.cls_token, self.reg_token):
-                if token is not None:
-                    trunc_normal_(token, std=.02)
-        if needs_reset and self.pos_embed is not None:
-            self._record_pos_embed_grid()
+        timm's adaptive gradient clipping (`--clip-mode agc`) leaves out the last two parameters as "the head". A dict
+        keeps the order in which names were put in, so what comes after the encoding is taken out and put in again.
+        """
+        names = list(self._modules)
+        for name in names[names.index('blocks'):]:
+            if name != 'rope':
+                self._modules[name] = self._modules.pop(name)
+
+    # -- training
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -195,80 +175,19 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             patch_size: New patch size, to which the patch embedding is resampled; None keeps the current one.
             rope_scaling: New rule for grids larger than the reference grid; None keeps the current one.
         """
-        if rope_scaling is not None:
-            self._rope_to_scale().check_scaling(rope_scaling)
-        patch = to_size(self.patch_embed.patch_size if patch_size is None else patch_size, 'patch_size')
-        img_size = to_image_size(
-            self.patch_embed.img_size if img_size is None else img_size, patch, self.patch_embed.dynamic_img_pad)
-        old_grid, pos_embed = self.patch_embed.grid_size, self.pos_embed
-        self.pos_embed = None  # timm would resize it with antialias
-        try:
-            super().set_input_size(img_size, patch_size if patch_size is None else patch)
-        finally:
-            self.pos_embed = pos_embed
-        if pos_embed is not None and old_grid != self.patch_embed.grid_size:
-            resized = self._resize_pos_embed(pos_embed.detach(), old_grid, self.patch_embed.grid_size)
-            self.pos_embed = nn.Parameter(resized, requires_grad=pos_embed.requires_grad)
-            self._record_pos_embed_grid()
+        self._check_rope_scaling(rope_scaling)
+        img_size, patch = new_sizes(self.patch_embed, img_size, patch_size)
+        super().set_input_size(img_size, patch_size if patch_size is None else patch)
         if self.rope is not None and self.rope.undecided:
             self.rope.set_initial_grid(self.patch_embed.grid_size)
         if rope_scaling is not None:
             self.set_rope_scaling(rope_scaling)
 
     @torch.jit.ignore
-    def set_rope_scaling(self, scaling: str, log_n: Optional[bool] = None) -> None:
-        """Change what happens on grids larger than the reference grid, see `scaling.py`. No weight changes.
-
-        Args:
-            scaling: 'extrapolate', 'interpolate', 'ntk' or 'yarn'.
-            log_n: Whether attention scores are multiplied by ln(n) / ln(n_ref) on more tokens; None keeps it.
-
-        Raises:
-            ValueError: No encoding, or a rule that there is not or that has no meaning for it. Nothing is changed.
-        """
-        self._rope_to_scale().set_scaling(scaling, log_n)
-
-    @torch.jit.ignore
-    def _rope_to_scale(self) -> RotaryEncoding:
-        if self.rope is None:
-            raise ValueError("rope_scaling needs a rotary encoding, this model has rope_encoding='none'.")
-        return self.rope
-
-    def _record_pos_embed_grid(self) -> None:
-        self.pos_embed_grid.copy_(torch.tensor(self.patch_embed.grid_size, device=self.pos_embed_grid.device))
-
-    def _resize_pos_embed(self, pos_embed: Tensor, old_grid: Tuple[int, int], new_grid: Tuple[int, int]) -> Tensor:
-        # bicubic without antialias as the original; with it RoPE-ViT's logits move by up to 8e-2
-        return resample_abs_pos_embed(
-            pos_embed,
-            new_size=list(new_grid),
-            old_size=list(old_grid),
-            num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
-            antialias=False,
-        )
+    def _encodings(self) -> List[Optional[RotaryEncoding]]:
+        return [self.rope]
 
     # -- forward
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        """Patch embedding output (B, rows, columns, C) or (B, N, C) -> tokens with prefix tokens and, if any, APE."""
-        pos_embed: Optional[Tensor] = self.pos_embed
-        if self.dynamic_img_size:
-            if pos_embed is not None:
-                pos_embed = self._resize_pos_embed(
-                    pos_embed, self.patch_embed.grid_size, (x.shape[1], x.shape[2]))
-            x = x.flatten(1, 2)
-        if self.no_embed_class and pos_embed is not None:
-            x = x + pos_embed
-        tokens = []
-        if self.cls_token is not None:
-            tokens.append(self.cls_token.expand(x.shape[0], -1, -1))
-        if self.reg_token is not None:
-            tokens.append(self.reg_token.expand(x.shape[0], -1, -1))
-        tokens.append(x)
-        x = torch.cat(tokens, dim=1)
-        if not self.no_embed_class and pos_embed is not None:
-            x = x + pos_embed
-        return self.pos_drop(x)
 
     def _embed(self, x: Tensor) -> Tuple[Tensor, List[Tensor], Optional[Tensor]]:
         """Image -> tokens (B, prefix + N, C), one payload per block, none without an encoding, and a score scale."""
@@ -291,23 +210,29 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
                 score_scale = self.rope.score_scale(x.shape[1], self.num_prefix_tokens)
         return self.norm_pre(x), payloads, score_scale
 
-    def forward_features(
-            self,
-            x: Tensor,
-            attn_mask: Optional[Tensor] = None,
-            is_causal: bool = False,
-    ) -> Tensor:
-        """Image (B, C, H, W) -> normalised tokens (B, prefix + N, C)."""
+    def _run_blocks(
+            self, x: Tensor, attn_mask: Optional[Tensor], is_causal: bool, take_indices: List[int], last: int,
+    ) -> Tuple[Tensor, List[Tensor]]:
+        """Image (B, C, H, W) -> tokens (B, prefix + N, C) after block `last`, and those after `take_indices`."""
         x, payloads, score_scale = self._embed(x)
+        taken: List[Tensor] = []
         for i, block in enumerate(self.blocks):
-            payload: Optional[Tensor] = None
-            if self.rope is not None:
-                payload = payloads[i]
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                # positional, since reentrant checkpointing refuses keyword tensors
-                x = checkpoint(block, x, attn_mask, is_causal, payload, score_scale)
-            else:
-                x = block(x, attn_mask, is_causal, payload, score_scale)
+            if i <= last:  # TorchScript unrolls the loop and knows no slice of blocks
+                payload: Optional[Tensor] = None
+                if self.rope is not None:
+                    payload = payloads[i]
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    # positional, since reentrant checkpointing refuses keyword tensors
+                    x = checkpoint(block, x, attn_mask, is_causal, payload, score_scale)
+                else:
+                    x = block(x, attn_mask, is_causal, payload, score_scale)
+                if i in take_indices:
+                    taken.append(x)
+        return x, taken
+
+    def forward_features(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:
+        """Image (B, C, H, W) -> normalised tokens (B, prefix + N, C)."""
+        x, _ = self._run_blocks(x, attn_mask, is_causal, [], len(self.blocks))
         return self.norm(x)
 
     def forward_intermediates(
@@ -328,22 +253,10 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
             raise ValueError(f'output_fmt must be NCHW or NLC, got {output_fmt}.')
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         batch, height, width = x.shape[0], x.shape[2], x.shape[3]
-        x, payloads, score_scale = self._embed(x)
-
-        taken: List[Tensor] = []
-        blocks = self.blocks
-        if stop_early and not torch.jit.is_scripting():
-            blocks = self.blocks[:max_index + 1]
-        for i, block in enumerate(blocks):
-            payload: Optional[Tensor] = None
-            if self.rope is not None:
-                payload = payloads[i]
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, attn_mask, is_causal, payload, score_scale)
-            else:
-                x = block(x, attn_mask, is_causal, payload, score_scale)
-            if i in take_indices:
-                taken.append(self.norm(x) if norm else x)
+        last = max_index if stop_early and not torch.jit.is_scripting() else len(self.blocks) - 1
+        x, taken = self._run_blocks(x, attn_mask, is_causal, take_indices, last)
+        if norm:
+            taken = [self.norm(y) for y in taken]
 
         n = self.num_prefix_tokens
         prefix_tokens = [y[:, :n] for y in taken]
@@ -366,10 +279,7 @@ class RopeVisionTransformer(Checkpointed, VisionTransformer):
         return self.norm(x), taken
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+            self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True,
     ) -> List[int]:
         """Drop the blocks after the last one in `indices`, with their frequencies; see timm."""
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)

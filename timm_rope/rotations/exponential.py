@@ -9,7 +9,8 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from .._precision import recording, transformed, without_autocast
+from .._precision import without_autocast
+from .._tracing import legacy_batched, recording, transformed
 from . import grid_exponentials
 from .grid_exponentials import skew
 
@@ -78,7 +79,7 @@ class _GridExponentials(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         freqs, y, x = ctx.saved_tensors
         with without_autocast(freqs):
-            batched = torch._C._functorch.is_legacy_batchedtensor(grad)  # torch.autograd.grad(is_grads_batched=True)
+            batched = legacy_batched(grad)  # torch.autograd.grad(is_grads_batched=True)
             further = torch.is_grad_enabled()
             if further or batched or transformed():
                 with torch.enable_grad():

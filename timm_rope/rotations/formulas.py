@@ -14,7 +14,8 @@ Functions under `torch.fx.wrap` stay one node in a traced graph.
 import torch
 from torch import Tensor, nn
 
-from .._precision import recording, without_autocast
+from .._precision import without_autocast
+from .._tracing import recording
 from .exponential import block_table
 from .sines import cos_sin
 

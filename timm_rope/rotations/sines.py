@@ -9,7 +9,8 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from .._precision import recording, transformed, widest
+from .._precision import widest
+from .._tracing import recording, transformed
 
 
 def cos_sin(position: Tensor, freqs: Tensor) -> Tuple[Tensor, Tensor]:

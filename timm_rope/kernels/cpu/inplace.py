@@ -1,29 +1,35 @@
 """The route of the CPU: whole-tensor operations of torch, in place.
 
-What turns how is in three engines with the functions of a route, each for float32 or float64: `pairs`, `diagonals`
-(triplets and small blocks), `products` (large blocks). bfloat16 and float16, for which torch has no complex numbers
-and slow arithmetic, go through float32, a few images at a time, so that the copy stays in the cache.
+Each kind of rotation has an engine with the functions of a route, for float32 and float64: `pairs`, `triplets` and
+`products` for blocks. bfloat16 and float16, for which torch has no complex numbers and slow arithmetic, go through
+float32, a few images at a time, so that the copy stays in the cache.
 """
-from types import ModuleType
-from typing import Iterator, Optional, Tuple
+from typing import Iterator, Optional, Protocol, Tuple
 
 import torch
 from torch import Tensor
 
 from ...rotations.formulas import PairRotation, Rotation, TripletRotation
-from . import diagonals, pairs, products, triplets
-from .packing import pieces
+from .. import routes
+from . import pairs, products, triplets
+from .packing import image_ranges
 
 NAME = 'inplace'
+MADE_WITH = f'torch {torch.__version__}'
+ALL_OR_NOTHING = False  # several operations, one after the other
 FULL = (torch.float32, torch.float64)
 
 
-def engine_for(rotation: Rotation) -> ModuleType:
+class CpuEngine(routes.Engine, Protocol):
+    """An engine for float32 and float64."""
+    BY_IMAGE: bool  # whether a batch may be cut into ranges of images without losing speed
+
+
+def engine_for(rotation: Rotation) -> CpuEngine:
+    """The engine for a kind of rotation."""
     if isinstance(rotation, PairRotation):
         return pairs
-    if isinstance(rotation, TripletRotation) and rotation.head_dim % 2 == 0:
-        return triplets
-    return diagonals if rotation.size <= diagonals.LARGEST else products
+    return triplets if isinstance(rotation, TripletRotation) else products
 
 
 def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
@@ -32,7 +38,7 @@ def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
         return False
     if payload.dtype not in FULL or (packed.dtype != payload.dtype and packed.dtype.itemsize != 2):
         return False
-    return engine_for(rotation).supports(packed, payload, rotation)  # type: ignore[no-any-return]
+    return engine_for(rotation).supports(packed, payload, rotation)
 
 
 def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
@@ -41,10 +47,10 @@ def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
     if packed.dtype == payload.dtype:
         engine.turn_(packed, payload, rotation)
         return
-    for images in parts(packed, engine):
+    for images in ranges_for(packed, engine):
         x = packed[images, :, :2]
         wide = x.to(payload.dtype)
-        engine.turn_(wide, own(payload, images), rotation)
+        engine.turn_(wide, payload_of(payload, images), rotation)
         x.copy_(wide)
 
 
@@ -66,25 +72,26 @@ def turn_back(
     """
     engine = engine_for(rotation)
     if dv.dtype == payload.dtype:
-        return engine.turn_back(dq, dk, dv, payload, rotation, q, k, payload_grad)  # type: ignore[no-any-return]
+        return engine.turn_back(dq, dk, dv, payload, rotation, q, k, payload_grad)
     B, H, N, D = dv.shape
     out = dv.new_empty(B, N, 3, H, D)
     total = torch.zeros_like(payload) if payload_grad else None
-    for images in parts(out, engine):
-        dq_, dk_, dv_, q_, k_ = (
-            None if x is None else x[images].to(payload.dtype) for x in (dq, dk, dv, q, k))
-        part, grad = engine.turn_back(dq_, dk_, dv_, own(payload, images), rotation, q_, k_, payload_grad)
+    for images in ranges_for(out, engine):
+        wide_dq, wide_dk, wide_dv = (x[images].to(payload.dtype) for x in (dq, dk, dv))
+        wide_q, wide_k = (None if x is None else x[images].to(payload.dtype) for x in (q, k))
+        part, grad = engine.turn_back(
+            wide_dq, wide_dk, wide_dv, payload_of(payload, images), rotation, wide_q, wide_k, payload_grad)
         out[images].copy_(part)
-        if total is not None:
-            own(total, images).add_(grad)
+        if total is not None and grad is not None:
+            payload_of(total, images).add_(grad)
     return out, total
 
 
-def parts(x: Tensor, engine: ModuleType) -> Iterator[slice]:
-    """Ranges of images that are worked on one after the other in float32."""
-    return pieces(x) if engine.BY_IMAGE else iter([slice(0, x.shape[0])])
+def ranges_for(x: Tensor, engine: CpuEngine) -> Iterator[slice]:
+    """Ranges of images that an engine is given one after the other."""
+    return image_ranges(x) if engine.BY_IMAGE else iter([slice(0, x.shape[0])])
 
 
-def own(payload: Tensor, images: slice) -> Tensor:
+def payload_of(payload: Tensor, images: slice) -> Tensor:
     """The payload of some of the images, if each has its own."""
     return payload[images] if payload.ndim == 4 else payload

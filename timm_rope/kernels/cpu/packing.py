@@ -1,4 +1,8 @@
-"""Gradients of queries, keys and values side by side, as the projection made those; and how many at a time."""
+"""The memory of a projection: side by side the queries, keys and values of every token.
+
+Gradients are put into the same order here, the memory behind queries and keys is found again, and batches are cut into
+ranges of images that stay in the cache of a core.
+"""
 from typing import Iterator
 
 import torch
@@ -20,6 +24,8 @@ def packed_of(q: Tensor, k: Tensor) -> Tensor:
     """(B, N, 2 or 3, H, D) that begins with q and k (B, H, N, D): the memory that they are views of, or a copy."""
     B, H, N, D = q.shape
     token = q.stride(2)
+    # The strides are those that `unpack` gives to views of (B, N, 2 or 3, H, D); the keys must follow the queries in
+    # the same memory, and the last token must lie inside it.
     if token in (2 * H * D, 3 * H * D) and q.stride() == k.stride() == (N * token, D, token, 1):
         storage, start = q.untyped_storage(), q.storage_offset()
         room = storage.nbytes() // q.element_size() - start
@@ -34,8 +40,8 @@ def images_at_a_time(x: Tensor) -> int:
     return max(1, min(x.shape[0], PIECE // max(1, x[0].numel())))
 
 
-def pieces(x: Tensor) -> Iterator[slice]:
-    """Ranges of images of x (B, ...) that are worked on one after the other."""
+def image_ranges(x: Tensor) -> Iterator[slice]:
+    """Ranges of images of x (B, ...) that are worked on one after the other, so that each stays in the cache."""
     step = images_at_a_time(x)
     for start in range(0, x.shape[0], step):
         yield slice(start, min(start + step, x.shape[0]))

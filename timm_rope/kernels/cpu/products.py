@@ -1,4 +1,8 @@
-"""Large blocks of channels by batched products: queries and keys that share a matrix are the rows of one product."""
+"""Blocks of channels by batched matrix products.
+
+All queries and keys that are turned by one matrix, those of every image at one position and head, are gathered as the
+rows of one product, so that a matrix is read once and not once for each image.
+"""
 import functools
 from typing import Optional, Tuple
 
@@ -6,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ...rotations.formulas import BlockRotation, Rotation
-from .memo import derived
+from .derived_cache import cached_table
 from .packing import pack, packed_of
 
-BY_IMAGE = False  # few rows to a matrix are slow
-STRIDED = 32  # rows of so many channels are fetched by strides, shorter ones three times as fast by their number
-JOINED = 8  # up to this size two neighbouring blocks are made one: half as many rows to fetch and store
+BY_IMAGE = False  # a product of a matrix with few rows is slow
+STRIDED = 32  # rows of at least so many channels are copied by strides; below, index_select is three times as fast
+JOINED = 8  # up to this size two neighbouring blocks become one: half as many rows to gather
 
 
 def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
@@ -19,7 +23,7 @@ def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
 
 
 def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
-    matrices = derived(payload, matrices_of, rotation)
+    matrices = cached_table(payload, matrices_of, rotation)
     x = fetch(packed, rotation, payload.shape[0] == 1)
     store(packed, torch.bmm(x, matrices.transpose(1, 2)), rotation, payload.shape[0] == 1)
 
@@ -32,9 +36,9 @@ def turn_back(
     out = pack(dq, dk, dv)
     grad = fetch(out, rotation, shared)
     sums = None
-    if payload_grad and q is not None and k is not None:  # first: the rows may be a view of what is stored to
+    if payload_grad and q is not None and k is not None:  # before `store`, since the rows may be a view of `out`
         sums = torch.bmm(grad.transpose(1, 2), fetch(packed_of(q, k), rotation, shared))
-    store(out, torch.bmm(grad, derived(payload, matrices_of, rotation)), rotation, shared)
+    store(out, torch.bmm(grad, cached_table(payload, matrices_of, rotation)), rotation, shared)
     if sums is None:
         return out, None
     b, count = rotation.size, rotation.groups // blocks(rotation)[0]
@@ -44,7 +48,7 @@ def turn_back(
 
 
 def blocks(rotation: Rotation) -> Tuple[int, int]:
-    """How many matrices turn the channels of a head, and their size."""
+    """How many matrices turn the channels of a head, and their size, once neighbours are joined."""
     count = 2 if rotation.size <= JOINED and rotation.groups % 2 == 0 else 1
     return rotation.groups // count, rotation.size * count
 
@@ -73,7 +77,7 @@ def fetch(packed: Tensor, rotation: Rotation, shared: bool) -> Tensor:
 
 
 def store(packed: Tensor, x: Tensor, rotation: Rotation, shared: bool) -> None:
-    """Inverse of `fetch`."""
+    """Write rows (matrices, rows to a matrix, size) back to where `fetch` has taken them from."""
     target = by_matrix(rows_of(packed, rotation), shared)
     target.copy_(x.view(target.shape))
 
@@ -91,7 +95,7 @@ def by_matrix(rows: Tensor, shared: bool) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def row_numbers(batch: int, tokens: int, parts: int, heads: int, groups: int, shared: bool) -> Tensor:
-    """Which rows of a packed tensor `fetch` takes, in order."""
+    """Numbers of the rows of a packed tensor in the order in which `fetch` takes them."""
     with torch.inference_mode(False):
         number = torch.arange(batch * tokens * parts * heads * groups, dtype=torch.int32)
         return by_matrix(number.view(batch, tokens, parts, heads, groups)[:, :, :2], shared).flatten()

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from ...rotations.formulas import Rotation, TripletRotation
-from .memo import derived
-from .packing import images_at_a_time, pack, pieces
-from .pairs import as_complex, even
+from .derived_cache import cached_table
+from .packing import image_ranges, images_at_a_time, pack
+from .pairs import as_complex, viewable_as_complex
 
 BY_IMAGE = True
 
 
 def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
-    return isinstance(rotation, TripletRotation) and even(packed)
+    return isinstance(rotation, TripletRotation) and viewable_as_complex(packed)
 
 
 def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
     x = packed[:, :, :2]
-    for start, turns in derived(payload, steps, rotation):
-        times_(x, start, turns)
+    for start, turns in cached_table(payload, multiplications, rotation):
+        multiply_(x, start, turns)
 
 
 def turn_back(
@@ -41,8 +41,8 @@ def turn_back(
     total = None
     if payload_grad and q is not None and k is not None:
         total = angle_gradient(out, q, k, payload, rotation)
-    for start, turns in reversed(derived(payload, steps, rotation)):
-        times_(out[:, :, :2], start, turns.conj_physical())
+    for start, turns in reversed(cached_table(payload, multiplications, rotation)):
+        multiply_(out[:, :, :2], start, turns.conj_physical())
     return out, total
 
 
@@ -66,7 +66,7 @@ def angle_gradient(grads: Tensor, q: Tensor, k: Tensor, payload: Tensor, rotatio
     sums = {shift: grads.new_zeros(B if each else images_at_a_time(q), N, H * D) for shift in (1, 2)}
     for i, turned in enumerate((q, k)):
         rows = turned.transpose(1, 2).flatten(2)
-        for images in pieces(q):
+        for images in image_ranges(q):
             own = images if each else slice(images.stop - images.start)
             y, g = rows[images], grads[images, :, i].flatten(2)
             for shift, total in sums.items():
@@ -84,27 +84,35 @@ def angle_gradient(grads: Tensor, q: Tensor, k: Tensor, payload: Tensor, rotatio
     return torch.cat((-sin_y * by_y, cos_y * by_y, -sin_x * by_x, cos_x * by_x), dim=-1)
 
 
-def steps(payload: Tensor, rotation: Rotation) -> List[Tuple[int, Tensor]]:
-    """First channel of the view and turns (N, H or 1, pairs) or (B, N, H or 1, pairs) of the three multiplications."""
+def multiplications(payload: Tensor, rotation: Rotation) -> List[Tuple[int, Tensor]]:
+    """The three multiplications: the channel from which a head is looked at, and the factors.
+
+    Factors are complex numbers of length one, (N, H or 1, pairs) or (B, N, H or 1, pairs), and one where a pair of this
+    view is not to turn.
+    """
     parts = payload.unflatten(-1, (4, rotation.groups)).transpose(-3, -4)  # tokens, heads, cos and sin of y and x
     roll = torch.complex(parts[..., 0, :], parts[..., 1, :])
     yaw = torch.complex(parts[..., 2, :], parts[..., 3, :])
     sequence = (roll, yaw) if first_channels(rotation) == (1, 0) else (yaw, roll)
     starts = (1, 0, 1)
     turns = [roll.new_ones(*roll.shape[:-1], (rotation.head_dim - start) // 2) for start in starts]
-    for product, step, groups, pairs in places(rotation):
+    for product, step, groups, pairs in pair_places(rotation):
         turns[product][..., pairs] = sequence[step][..., groups]
     return list(zip(starts, turns))
 
 
 def first_channels(rotation: Rotation) -> Tuple[int, int]:
-    """Channel of a triplet at which the pair of the first step starts, and that of the second: roll 1, yaw 0."""
+    """Channel of a triplet at which the pair of the first step starts, and that of the second; 1 is roll, 0 is yaw."""
     assert isinstance(rotation, TripletRotation)
     return (1, 0) if rotation.order == 'yx' else (0, 1)
 
 
-def places(rotation: Rotation) -> Iterator[Tuple[int, int, slice, slice]]:
-    """Which multiplication holds which step of which groups in which of its pairs."""
+def pair_places(rotation: Rotation) -> Iterator[Tuple[int, int, slice, slice]]:
+    """Where the factors of each step go.
+
+    Yields:
+        Number of the multiplication, step, groups, and the pairs of channels in that view that belong to these groups.
+    """
     for step, channel in enumerate(first_channels(rotation)):
         for odd in (0, 1):  # whether the pair starts at an odd channel of the head
             group = (channel + odd) % 2
@@ -115,15 +123,15 @@ def places(rotation: Rotation) -> Iterator[Tuple[int, int, slice, slice]]:
             yield product, step, slice(group, None, 2), slice(pair, pair + 3 * count, 3)
 
 
-def times_(x: Tensor, start: int, turns: Tensor) -> None:
-    """Multiply the pairs of channels of every head that begin at `start` by turns, in place."""
-    pairs = seen_from(x, start)
+def multiply_(x: Tensor, start: int, turns: Tensor) -> None:
+    """Multiply the pairs of channels of every head that begin at `start` by complex factors, in place."""
+    pairs = complex_view(x, start)
     pairs.mul_(turns.unsqueeze(-3))
     if start and x.dtype != torch.float32:
         x[..., start:start + 2 * pairs.shape[-1]].copy_(torch.view_as_real(pairs).flatten(-2))
 
 
-def seen_from(x: Tensor, start: int) -> Tensor:
+def complex_view(x: Tensor, start: int) -> Tensor:
     """Channels (start, start + 1), (start + 2, start + 3), ... of every head of x as complex numbers.
 
     From channel 1 it is a view in float32, and a copy in float64.
@@ -131,9 +139,9 @@ def seen_from(x: Tensor, start: int) -> Tensor:
     pairs = (x.shape[-1] - start) // 2
     if start == 0:
         return as_complex(x, pairs)
-    if x.dtype != torch.float32:  # processors demand that the 16 bytes of a double number are aligned
+    if x.dtype != torch.float32:  # the 16 bytes of a complex double would not be aligned, which processors demand
         return as_complex(x[..., start:start + 2 * pairs].contiguous(), pairs)
-    # torch views at even places of a memory only: so this is a view of the memory from the next number on
+    # torch makes complex views at even offsets of a storage only, so this is a storage that begins one number later
     memory = x.untyped_storage()[(x.storage_offset() + start) * x.element_size():]
     out = torch.empty(0, dtype=torch.complex64)
     return out.set_(memory, 0, (*x.shape[:-1], pairs), (*(s // 2 for s in x.stride()[:-1]), 1))

@@ -1,6 +1,6 @@
 """The arithmetic of the rotations on tiles in Triton, forward, transposed, and the gradient of the payload.
 
-Shapes of tiles and payloads are in `triton_tiles.py`; YX says of triplets that the roll by y acts first.
+Shapes of tiles and payloads are in `tiles.py`; YX says of triplets that the roll by y acts first.
 """
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ def plane_gradient(a_grad, b_grad, a, b):
 
 @triton.jit
 def turned(x, payload, KIND: tl.constexpr, YX: tl.constexpr):
-    """R x."""
+    """A tile of queries or keys after the rotation: R x for every group."""
     if KIND == 'pairs':
         a, b = tl.split(x)
         cos, sin = tl.split(payload)
@@ -45,7 +45,10 @@ def turned(x, payload, KIND: tl.constexpr, YX: tl.constexpr):
 
 @triton.jit
 def turned_back(y, payload, KIND: tl.constexpr, YX: tl.constexpr):
-    """R^T y: gradients of the input from those of the output, and the input from the output."""
+    """A tile before the rotation: R^T y for every group.
+
+    The same turns gradients of the output into gradients of the input, and the output back into the input.
+    """
     if KIND == 'pairs':
         a, b = tl.split(y)
         cos, sin = tl.split(payload)

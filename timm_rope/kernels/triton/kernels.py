@@ -5,8 +5,7 @@ Arithmetic is in float32 registers. The gradient of a payload is summed there to
 so that no result depends on the order in which programs run. Rotations are orthogonal: what a rotation was given is its
 transpose applied to what it returned, so the forward pass stores nothing.
 """
-from functools import cache
-from typing import Any, Dict, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import triton
@@ -14,13 +13,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from ...rotations.formulas import BlockRotation, PairRotation, Rotation, TripletRotation
+from ...rotations.formulas import Rotation
 from .arithmetic import payload_gradient, turned, turned_back
+from .launch import back_constants, constants, describe, images_per_program, kind_of, processors
 from .tiles import load_groups, load_payload, places, store_groups, store_payload
 
 NAME = 'triton'
+MADE_WITH = f'Triton {triton.__version__}'
+ALL_OR_NOTHING = True  # one kernel: what does not compile or launch has written nothing
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK_SIZES = (2, 4, 8, 16)  # what a tile can be reshaped to, and whose matrices fit in registers
 LARGEST = 2 ** 30  # positions inside an image are 32 bit numbers, and the last tile may reach beyond it
 RUNTIME = ['batch', 'chunk', 'tokens', 'tiles']  # the compiler need not know whether they are multiples of 16
 
@@ -60,13 +61,8 @@ def turn_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def turn_back_kernel(
         dq, dk, dv, q, k, payload, packed, partial,
-        dq_b, dq_h, dq_n, dq_d,
-        dk_b, dk_h, dk_n, dk_d,
-        dv_b, dv_h, dv_n, dv_d,
-        q_b, q_h, q_n, q_d,
-        k_b, k_h, k_n, k_d,
-        payload_b, payload_h, payload_n,
-        batch, chunk, tokens, tiles,
+        dq_b, dq_h, dq_n, dq_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
+        q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, payload_b, payload_h, payload_n, batch, chunk, tokens, tiles,
         KIND: tl.constexpr, YX: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
         WIDE: tl.constexpr, PAYLOAD_STEP: tl.constexpr, PAYLOAD_WIDE: tl.constexpr, E: tl.constexpr,
         HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, V_COUNT: tl.constexpr, REST_COUNT: tl.constexpr,
@@ -125,77 +121,9 @@ def turn_back_kernel(
         store_payload(gradient_at, gradient, payload_mask, KIND, GROUPS, SIZE, PAYLOAD_WIDE, E)
 
 
-# -- the host
+# -- the host: the functions of a route
 
 INTERPRETED = not isinstance(turn_kernel, JITFunction)  # TRITON_INTERPRET=1: NumPy on the CPU, for tests
-
-
-def kind_of(rotation: Rotation) -> Optional[str]:
-    """Name of the mathematics in the kernels; None for rotations that turn by a formula of their own."""
-    for cls, kind in ((PairRotation, 'pairs'), (TripletRotation, 'triplets'), (BlockRotation, 'blocks')):
-        if isinstance(rotation, cls) and type(rotation).forward is cls.forward:
-            return kind if kind != 'blocks' or rotation.size in BLOCK_SIZES else None
-    return None
-
-
-@cache
-def processors(index: Optional[int]) -> int:
-    """Multiprocessors of a CUDA device, 0 of one the kernels are not made for; 1 for the interpreter (None)."""
-    if index is None:
-        return 1
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count if torch.version.cuda and properties.major >= 8 else 0
-
-
-@cache
-def constants(kind: str, order: str, heads: int, groups: int, size: int, itemsize: int) -> Dict[str, Any]:
-    """Compile-time arguments of both kernels."""
-    wide, payload_step, payload_wide, each = size, 2, 2, 512  # pairs: 8 channels a thread
-    if kind == 'triplets':
-        wide, payload_step, payload_wide, each = 1, 1, 1, 256
-    elif kind == 'blocks':
-        payload_step = size * size
-        if size <= 8:  # a thread holds a whole matrix
-            wide, payload_wide, each = min(size, 16 // itemsize), 4, 128
-        else:
-            payload_wide, each = payload_step, 16
-    return dict(
-        KIND=kind, YX=order == 'yx', HEADS=heads, GROUPS=groups, SIZE=size, WIDE=wide, PAYLOAD_STEP=payload_step,
-        PAYLOAD_WIDE=payload_wide, E=each, num_warps=4, enable_fp_fusion=True)
-
-
-@cache
-def back_constants(head_dim: int, width: int, *shared: Any) -> Dict[str, Any]:
-    """Compile-time arguments of the kernel that goes back."""
-    given = constants(*shared)
-    each, groups = given['E'], given['GROUPS']
-    rest = max(1, head_dim - groups * given['SIZE'])
-    return dict(
-        **given, HEAD_DIM=head_dim, WIDTH=width,
-        V_COUNT=triton.next_power_of_2(triton.cdiv(each * head_dim, groups)),
-        REST_COUNT=triton.next_power_of_2(triton.cdiv(each * rest, groups)))
-
-
-def describe(rotation: Rotation, heads: int, dtype: torch.dtype) -> Tuple[Any, ...]:
-    """Arguments of `constants`."""
-    order = rotation.order if isinstance(rotation, TripletRotation) else ''
-    return kind_of(rotation), order, heads, rotation.groups, rotation.size, dtype.itemsize
-
-
-def images_per_program(tiles: int, batch: int, payload: Tensor, given: Dict[str, Any], payload_grad: bool) -> int:
-    """Images that one program goes through, so that all programs run at once and keep the memory busy.
-
-    A multiprocessor has room for eight; for fewer of those kernels that take more than 64 registers a thread.
-    """
-    if payload.ndim == 4:
-        return 1
-    programs = 8
-    if given['KIND'] == 'blocks' and given['SIZE'] > 4:
-        programs = 2 if payload_grad else 4
-    elif given['KIND'] == 'triplets' and payload_grad:
-        programs = 5
-    shares = programs * processors(payload.device.index) // tiles
-    return triton.cdiv(batch, max(1, min(shares, batch)))  # type: ignore[no-any-return]
 
 
 def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
@@ -302,16 +230,6 @@ def turn_back(
             *dq.stride(), *dk.stride(), *dv.stride(), *q.stride(), *k.stride(), *payload_strides(payload),
             batch, chunk, tokens, tiles, **given, PAYLOAD_GRAD=payload_grad)
     return packed, summed(partial, payload) if payload_grad else None
-
-
-def probe() -> None:
-    """Turn one token on the GPU, if there is one: Triton needs a C compiler at run time, which not every machine has.
-
-    Raises:
-        Exception: Of Triton, when it cannot compile or launch.
-    """
-    if torch.cuda.is_available() and processors(torch.cuda.current_device()):
-        turn_(torch.ones(1, 1, 3, 1, 8, device='cuda'), torch.ones(1, 1, 8, device='cuda'), PairRotation(8, 4))
 
 
 def payload_strides(payload: Tensor) -> Tuple[int, int, int]:

@@ -18,7 +18,7 @@ def side_by_side(left, right, WIDTH: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def halves(rows, WIDTH: tl.constexpr, E: tl.constexpr):
-    """The two of `side_by_side`."""
+    """The left and the right half of rows (E, 2 * WIDTH); takes apart what `side_by_side` has made."""
     return tl.split(tl.permute(tl.reshape(rows, (E, 2, WIDTH)), (0, 2, 1)))
 
 

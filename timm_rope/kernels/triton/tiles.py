@@ -31,13 +31,13 @@ def places(tile, tokens, HEADS: tl.constexpr, GROUPS: tl.constexpr, STEP: tl.con
 
 @triton.jit
 def joined(a, b, c, d):
-    """Four (E,) as one (E, 2, 2)."""
+    """Four tiles (E,) as one (E, 2, 2), with a and b in the first row. `parts` takes it apart."""
     return tl.join(tl.join(a, c), tl.join(b, d))
 
 
 @triton.jit
 def parts(tile):
-    """The four of `joined`."""
+    """The four tiles (E,) that `joined` has put into one (E, 2, 2)."""
     left, right = tl.split(tile)
     a, c = tl.split(left)
     b, d = tl.split(right)

@@ -1,6 +1,7 @@
 """Tables that a route derives from a payload, kept as long as the payload itself.
 
-Payloads that nobody differentiates are made once for a grid (`cache.py`); what is derived from them is then, too.
+In evaluation the payloads of a grid are made once and kept (`encodings/_cache.py`). A route that needs them in another
+form, such as complex numbers or joined matrices, makes that form once as well and looks it up here.
 """
 from typing import Any, Callable, Tuple
 
@@ -12,7 +13,7 @@ LARGEST = 2 ** 21  # numbers in a payload; beyond, the tables of all blocks woul
 _tables = WeakTensorKeyDictionary()
 
 
-def derived(payload: Tensor, make: Callable[..., Any], *args: Any) -> Any:
+def cached_table(payload: Tensor, make: Callable[..., Any], *args: Any) -> Any:
     """make(payload, *args), from an earlier call with the same payload and arguments if there was one."""
     if payload.requires_grad or payload.is_inference() or payload.ndim > 3 or payload.numel() > LARGEST:
         return make(payload, *args)

@@ -1,0 +1,57 @@
+"""Who is looking on: recorders, transforms and hooks. The only module that asks torch through private names.
+
+Comes in: nothing, or the tensors or the module in question. Goes out: a yes or no by which the package chooses between
+an operation that is fast and the plain formula, which everybody understands.
+"""
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+
+@torch.jit.unused
+def recording() -> bool:
+    """Whether a graph is being recorded for another runtime (export, ONNX), which may know fewer operators."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+@torch.jit.unused
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is active; may be asked in compiled code, too."""
+    # in compiled code the stack is never None, but its type is known there
+    level = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+    return level or forward_mode()
+
+
+@torch.jit.unused
+def forward_mode() -> bool:
+    """Whether forward-mode AD is active."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def legacy_batched(tensor: Tensor) -> bool:
+    """Whether it is a batch of gradients, as torch.autograd.grad(is_grads_batched=True) passes them to a backward."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether all tensors have a storage of their own class: no meta tensor, no subclass, no wrapper of torch.func."""
+    return all(
+        type(t) in (Tensor, nn.Parameter)
+        and not t.is_meta
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        for t in tensors)
+
+
+def writable(*tensors: Tensor) -> bool:
+    """Whether the tensors are memory that may be written to now: nothing is recorded, compiled or transformed."""
+    if torch.compiler.is_compiling() or recording() or forward_mode():
+        return False
+    if not all(getattr(mode, 'only_counts', False) for mode in _get_current_dispatch_mode_stack()):
+        return False  # a mode may keep what it saw, as selective activation checkpointing does
+    return plain(*tensors)
+
+
+def unobserved(module: nn.Module) -> bool:
+    """Whether nobody sees what the module returns: no forward hook, no `forward` put into this one module."""
+    return 'forward' not in vars(module) and not module._forward_hooks and not _global_forward_hooks
