@@ -12,6 +12,7 @@ import timm
 import torch
 
 import timm_rope
+from timm_rope.cli._common import integer_from, output_file, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 'timm_rope benchmark 1'
@@ -99,23 +100,6 @@ def in_turns(
 
 # -- the command line
 
-def integer_from(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f'must be an integer of at least {minimum}, got {text!r}')
-        return int(text)
-
-    return parse
-
-
-def output_file(text: str) -> Path:
-    # asked before the minutes of measuring, not after
-    path = Path(text)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f'must be a file in a folder that exists and can be written, got {text!r}')
-    return path
-
-
 def device_of(text: str) -> torch.device:
     if text not in ('cpu', 'cuda'):
         raise argparse.ArgumentTypeError(f'must be cpu or cuda, got {text!r}')
@@ -145,12 +129,7 @@ def write_result(
     """Write a result, so that a reader finds the whole file or the one before."""
     content = dict(
         format=FORMAT, benchmark=benchmark, finished=finished, machine=machine, settings=settings, rows=list(rows))
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        unfinished.write_text(json.dumps(content, indent=1) + '\n')
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, json.dumps(content, indent=1) + '\n')
 
 
 def read_result(path: Path, partial: bool = False) -> Dict[str, Any]:

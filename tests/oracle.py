@@ -79,47 +79,97 @@ def spiral_angles(dim, options, grid, row, column):
     return angles
 
 
+# -- one function for each encoding: (D, D), the matrix of a head at one position
+
+FORMULAS = {}
+
+
+def formula(*names):
+    """Register the formula of encodings, called with a `Place`."""
+    def register(function):
+        FORMULAS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+class Place:
+    """What a formula may know: sizes and options of an encoding, learned values of one layer and head, a position."""
+
+    def __init__(self, rope, grid, layer, head):
+        self.dim, self.options, self.grid = rope.head_dim, rope.options, grid
+        learned = rope.freqs.detach().double().cpu().numpy() if rope.learned else None
+        self.all_learned, self.layer, self.head = learned, layer, head
+        self.x = self.y = 0.
+
+    def pick(self, table):
+        """The entry of this layer and head of (L or 1, H or 1, ...)."""
+        return table[self.layer if table.shape[0] > 1 else 0][self.head if table.shape[1] > 1 else 0]
+
+    @property
+    def learned(self):
+        """Learned values of x and of y."""
+        return None if self.all_learned is None else [self.pick(table) for table in self.all_learned]
+
+    def series(self, count):
+        return [self.options['temperature'] ** (-g / count) for g in range(count)]
+
+
+@formula('axial')
+def axial(at):
+    w = at.series(at.dim // 4)
+    return pairs(at.dim, [at.x * f for f in w] + [at.y * f for f in w])
+
+
+@formula('uniform')
+def uniform(at):
+    return pairs(at.dim, [at.x] * (at.dim // 4) + [at.y] * (at.dim // 4))
+
+
+@formula('axial_learned')
+def axial_learned(at):
+    w, = at.learned
+    half = len(w) // 2
+    return pairs(at.dim, [at.x * f for f in w[:half]] + [at.y * f for f in w[half:]])
+
+
+@formula('mixed')
+def mixed(at):
+    return pairs(at.dim, [at.x * fx + at.y * fy for fx, fy in zip(*at.learned)])
+
+
+@formula('spherical', 'spherical_learned')
+def spherical(at):
+    wx, wy = at.learned or [at.series(at.dim // 3)] * 2
+    return triplets(at.dim, [at.x * f for f in wx], [at.y * f for f in wy], at.options['order'])
+
+
+@formula('spiral')
+def spiral(at):
+    return pairs(at.dim, spiral_angles(at.dim, at.options, at.grid, at.y, at.x))
+
+
+@formula('liere')
+def liere(at):
+    size = at.options['block']
+    count = at.dim // size
+    along_x, along_y = at.all_learned.reshape(2, at.all_learned.shape[1], -1, count, size * (size - 1) // 2)
+    return blocks(at.dim, size, at.pick(along_x), at.pick(along_y), at.x, at.y)
+
+
 def rotations(rope, grid, layer, head):
     """(N, D, D) matrices of an encoding, from its name, options and learned values alone."""
-    name, options, dim = rope.name, rope.options, rope.head_dim
-    span, centered = (1.0, False) if name == 'liere' else (2 * math.pi, True)
+    if rope.name not in FORMULAS:
+        raise NotImplementedError(f'write the formula of {rope.name!r} in tests/oracle.py, under @formula')
+    span, centered = (1.0, False) if rope.name == 'liere' else (2 * math.pi, True)
     reference = rope.reference_grid.tolist()
-    ys = coordinates(grid[0], reference[0], options['coords'], span, centered)
-    xs = coordinates(grid[1], reference[1], options['coords'], span, centered)
-    learned = rope.freqs.detach().double().cpu().numpy() if rope.learned else None
-
-    def pick(table):  # (L or 1, H or 1, ...) -> the entry of this layer and head
-        return table[layer if table.shape[0] > 1 else 0][head if table.shape[1] > 1 else 0]
-
+    ys = coordinates(grid[0], reference[0], rope.options['coords'], span, centered)
+    xs = coordinates(grid[1], reference[1], rope.options['coords'], span, centered)
+    at = Place(rope, grid, layer, head)
     out = []
-    for y in ys:
-        for x in xs:
-            if name in ('axial', 'uniform'):
-                quarter = dim // 4
-                w = [1.0] * quarter if name == 'uniform' else \
-                    [options['temperature'] ** (-g / quarter) for g in range(quarter)]
-                out.append(pairs(dim, [x * f for f in w] + [y * f for f in w]))
-            elif name == 'axial_learned':
-                w = pick(learned[0])
-                half = len(w) // 2
-                out.append(pairs(dim, [x * f for f in w[:half]] + [y * f for f in w[half:]]))
-            elif name == 'mixed':
-                out.append(pairs(dim, [x * fx + y * fy for fx, fy in zip(pick(learned[0]), pick(learned[1]))]))
-            elif name in ('spherical', 'spherical_learned'):
-                third = dim // 3
-                wx = wy = [options.get('temperature', 0) ** (-g / third) for g in range(third)]
-                if learned is not None:
-                    wx, wy = pick(learned[0]), pick(learned[1])
-                out.append(triplets(dim, [x * f for f in wx], [y * f for f in wy], options['order']))
-            elif name == 'spiral':
-                out.append(pairs(dim, spiral_angles(dim, options, grid, y, x)))
-            elif name == 'liere':
-                size = options['block']
-                count = dim // size
-                per_head = learned.reshape(2, learned.shape[1], -1, count, size * (size - 1) // 2)
-                out.append(blocks(dim, size, pick(per_head[0]), pick(per_head[1]), x, y))
-            else:
-                raise NotImplementedError(f'write the formula of {name!r} here')
+    for at.y in ys:
+        for at.x in xs:
+            out.append(FORMULAS[rope.name](at))
     return np.stack(out)
 
 

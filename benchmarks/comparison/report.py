@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
-from timm_rope.cli.sweep.results import write_whole
+from timm_rope.cli._common import write_whole
 
 Row = Dict[str, Any]
 Rows = Sequence[Row]

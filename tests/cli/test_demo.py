@@ -2,7 +2,6 @@
 import argparse
 import gzip
 import json
-import os
 import struct
 import sys
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import nn
 from timm_rope import list_ropes
 from timm_rope.cli.demo import command as demo
 from timm_rope.cli.demo import images as small_data
+from timm_rope.cli.demo import picture as drawing
 
 STEMS = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
 
@@ -343,7 +343,7 @@ def test_crops_are_squares_of_their_image_in_its_size():
 
 def results(tmp_path, *arguments):
     path = tmp_path / 'result.json'
-    assert demo.run(parse('--json', str(path), *arguments)) == 0
+    assert demo.run(parse('--json', str(path), '--plot', str(tmp_path / 'picture.png'), *arguments)) == 0
     return json.loads(path.read_text())
 
 
@@ -389,7 +389,30 @@ def test_the_table_and_the_file_say_the_same(tmp_path, capsys):
         assert rows[model['name']] == [
             *(f'{test["right"] / 3.6:.1f}%' for test in model['tests']), f'{model["parameters"]:,}',
             f'{model["train_seconds"] + model["test_seconds"]:.0f}']
-    assert out.endswith('One seed, a demonstration, not a benchmark.\n')
+    assert 'One seed, a demonstration, not a benchmark.\n' in out and 'python -m timm_rope sweep' in out
+    rule = result['models'][0]['by_rule']
+    assert rule['rule'] == 'interpolate' and [test['size'] for test in rule['tests']] == [12, 16]
+    shown, = [line.split() for line in out.splitlines() if line.startswith('  rope_scaling=')]
+    assert shown == ['rope_scaling=interpolate', *(f'{test["right"] / 3.6:.1f}%' for test in rule['tests'])]
+    assert result['models'][1]['by_rule'] is None
+    picture = tmp_path / 'picture.png'
+    assert out.endswith(f'The same as a picture: {picture}\n') and picture.read_bytes()[:4] == b'\x89PNG'
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    said = drawing.draw({'models': []}, tmp_path / 'picture.png')
+    assert 'matplotlib is missing' in said and not list(tmp_path.iterdir())
+
+
+def test_the_rule_is_that_of_the_model():
+    torch.manual_seed(0)
+    images = torch.rand(4, 1, 16, 16)
+    model = timm.create_model('vit_tiny_rope_spherical', img_size=8, patch_size=2, **demo.MODEL).eval()
+    model.load_state_dict(model.state_dict())
+    plain = model(images)
+    model.set_rope_scaling(demo.RULE)
+    assert not torch.equal(model(images), plain)
 
 
 def test_the_seed_decides_everything_and_stays_inside(tmp_path):
@@ -432,23 +455,3 @@ def test_only_part_of_a_large_set_is_used(tmp_path, capsys):
     altered.train_images[30:] = 0
     altered.test_images[10:] = 0
     assert without_times(demo.compare(altered, task, 'axial', 1, 0)) == without_times(result)
-
-
-# -- the file of results
-
-def test_results_replace_a_file_at_once_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / 'result.json'
-    demo.write_json(path, {'a': 1})
-    demo.write_json(path, {'a': 2})
-    assert json.loads(path.read_text()) == {'a': 2}
-
-    def fail(*_):
-        raise OSError('disk full')
-
-    with pytest.raises(TypeError):
-        demo.write_json(path, {'a': object()})
-    monkeypatch.setattr(os, 'replace', fail)
-    with pytest.raises(OSError, match='disk full'):
-        demo.write_json(path, {'a': 3})
-    assert json.loads(path.read_text()) == {'a': 2}
-    assert list(tmp_path.iterdir()) == [path]

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import timm_rope
+from timm_rope.encodings import ENCODINGS
 from timm_rope.encodings import _cache as cache
 
 NAMES = timm_rope.list_ropes()
-LEARNED = ['axial_learned', 'liere', 'mixed', 'spherical_learned']
+LEARNED = [name for name, encoding in ENCODINGS.items() if encoding.learned]
 
 
 class Counter:

@@ -17,19 +17,24 @@ from timm_rope import convert_encoding
 from timm_rope.encodings import ENCODINGS
 from timm_rope.encodings._saved import read_encoding
 from timm_rope.encodings._signature import read_signature
+from timm_rope.rotations.formulas import BlockRotation, PairRotation
 
 NAMES = timm_rope.list_ropes()
 LEARNED = [name for name in NAMES if ENCODINGS[name].learned]
-EXACT = {
-    'uniform': {'axial_learned', 'mixed'},
-    'axial': {'axial_learned', 'mixed', 'liere'},
-    'axial_learned': {'axial_learned', 'mixed', 'liere'},
-    'mixed': {'mixed', 'liere'},
-    'liere': {'liere'},
-    'spherical': {'spherical_learned'},
-    'spherical_learned': {'spherical_learned'},
-    'spiral': {'mixed', 'liere'},
-}
+
+
+def is_exact(source, target):
+    """Whether an encoding is a special case of another with default options, by what the two state about themselves."""
+    a, b = (timm_rope.create_rope(name, 24, 2, 2) for name in (source, target))
+    kinds = type(a.rotation), type(b.rotation)
+    if not b.learned or a.coords not in b.coords_choices or (a.coords != 'index' and a.centered != b.centered):
+        return False
+    if kinds[0] is kinds[1]:
+        return b.oblique or not a.oblique
+    return kinds == (PairRotation, BlockRotation) and a.head_dim % b.rotation.size == 0
+
+
+EXACT = {source: {target for target in NAMES if is_exact(source, target)} for source in NAMES}
 PAIRS = [(source, target) for source in NAMES for target in sorted(EXACT.get(source, ()))]
 OTHERS = [pair for pair in itertools.product(NAMES, NAMES) if pair not in PAIRS]
 WIDE = dict(embed_dim=48)  # heads of 24 channels: blocks of 8 fit

@@ -7,9 +7,10 @@ import torch
 from tiny import make
 
 import timm_rope
+from timm_rope.encodings import ENCODINGS
 
 NAMES = timm_rope.list_ropes()
-LEARNED = ['axial_learned', 'liere', 'mixed', 'spherical_learned']
+LEARNED = [name for name, encoding in ENCODINGS.items() if encoding.learned]
 ALL = dict(shift=.3, jitter=1.2, rescale=2.)
 GRID, REFERENCE = (5, 8), (4, 6)
 SWIN = dict(img_size=32, patch_size=4, embed_dim=16, depths=(1, 1), num_heads=(1, 2), window_size=4, num_classes=3)

@@ -4,6 +4,7 @@ Which format a file has is told from its first bytes, not from its name: a pickl
 as a pickle. Pickles go through torch's restricted unpickler, and there is no switch that turns it off.
 """
 import argparse
+import hashlib
 import pickle
 import pickletools
 import re
@@ -23,6 +24,16 @@ SAFETENSORS = b'\0\0\0\0{'
 LEGACY = pickle.dumps(0x1950a86a20f9469cfc6c, protocol=2)
 # what torch may unpickle is a global of torch: a thread that is done would take it away from another one
 UNPICKLING = threading.Lock()
+
+
+def sha256_of(*paths: Path) -> str:
+    """Hash of the contents of files one after the other, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open('rb') as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def is_safetensors(path: Union[str, Path]) -> bool:

@@ -1,17 +1,16 @@
 """Where a checkpoint comes from: the file, what identifies it, and what was written down about its training."""
 import argparse
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
+from .files import sha256_of
 from .hub import HubError, fetch
 from .hub_cache import verify
 from .pretrained import find_weights
 
 HUB = 'hf-hub:'
-CHUNK = 1 << 20
 # of a config.json, what says how images are prepared; its licence is not read: timm writes that of the architecture
 DATA_KEYS = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 # of the arguments of a train.py, which may come from anywhere, what is taken apart
@@ -52,11 +51,7 @@ class Origin:
 
     def sha256(self) -> str:
         """Hash of the file, 64 hexadecimal digits."""
-        digest = hashlib.sha256()
-        with self.path.open('rb') as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-        return digest.hexdigest()
+        return sha256_of(self.path)
 
 
 def find_origin(source: str, filename: Optional[str] = None) -> Origin:

@@ -5,14 +5,13 @@ but how they know positions. Then both classify test images of the size of the t
 """
 import argparse
 import json
-import os
 import platform
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import timm
 import torch
@@ -22,14 +21,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...encodings import list_ropes
+from .._common import integer_from, output_file, write_whole
 from .._training import WEIGHT_DECAY, set_up
 from .images import SOURCES, Images, NoImages, load_images
+from .picture import draw
 
 # LayerScale starts at 1: from the 1e-4 of the entry points, a run this short gets nowhere
 MODEL: Dict[str, Any] = dict(embed_dim=64, depth=3, num_heads=2, init_values=1., in_chans=1, num_classes=10)
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
+RULE = 'interpolate'  # for larger images, which does best on our small models
+PICTURE = 'timm_rope_demo.png'
 CAVEAT = 'One seed, a demonstration, not a benchmark.'
+NEXT = f"""Rotary coordinates go on beyond those of training: the first line on larger images. The rule
+rope_scaling={RULE!r} (model.set_rope_scaling) squeezes them into the range that was trained.
+Next: `python -m timm_rope encodings` tells the encodings, `python -m timm_rope sweep` measures rules on your own
+weights, README.md says how to train."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f'passes over the training images (default: {epochs})')
     parser.add_argument('--seed', type=integer_from(0), default=0, metavar='N',
                         help='seed of initial weights and order of images (default: 0)')
-    parser.add_argument('--json', type=writable_file, metavar='FILE', help='write the results to FILE, too')
-
-
-def integer_from(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not minimum <= int(text) < 2 ** 63:
-            raise argparse.ArgumentTypeError(f'must be an integer of at least {minimum}, got {text!r}')
-        return int(text)
-
-    return parse
-
-
-def writable_file(text: str) -> Path:
-    # asked before the minutes of training, not after
-    path = Path(text)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f'must be a file in a folder that exists and can be written, got {text!r}')
-    return path
+    parser.add_argument('--json', type=output_file, metavar='FILE', help='write the results to FILE, too')
+    parser.add_argument('--plot', type=output_file, default=PICTURE, metavar='FILE',
+                        help=f'draw the results into FILE, if matplotlib is there (default: {PICTURE})')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     print()
     print(format_result(result))
     if args.json is not None:
-        write_json(args.json, result)
+        write_whole(args.json, json.dumps(result, indent=2) + '\n')
+    print(draw(result, args.plot))
     return 0
 
 
@@ -161,11 +154,13 @@ def compare(images: Images, task: Task, encoding: str, epochs: int, seed: int) -
             model = timm.create_model(name, img_size=task.sizes[0], patch_size=task.patch_size, **MODEL).to(device)
             loss = train(model, train_images, train_labels, epochs, seed, name)
         trained = time.perf_counter()
-        tests = []
-        for size in task.sizes:
-            right = count_right(model, test_images, test_labels, size, mean, std)
-            tests.append({'size': size, 'right': right, 'images': len(test_labels),
-                          'accuracy': right / len(test_labels)})
+        tests = [test(model, test_images, test_labels, size, mean, std) for size in task.sizes]
+        by_rule = None
+        rope: Any = getattr(model, 'rope', None)
+        if rope is not None and RULE in rope.scalings:
+            rope.set_scaling(RULE)
+            by_rule = {'rule': RULE, 'tests': [
+                test(model, test_images, test_labels, size, mean, std) for size in task.sizes[1:]]}
         result['models'].append({
             'name': name,
             'parameters': sum(p.numel() for p in model.parameters()),
@@ -173,6 +168,7 @@ def compare(images: Images, task: Task, encoding: str, epochs: int, seed: int) -
             'train_seconds': trained - start,
             'test_seconds': time.perf_counter() - trained,
             'tests': tests,
+            'by_rule': by_rule,
         })
     return result
 
@@ -232,6 +228,11 @@ def random_crops(x: Tensor, random: torch.Generator) -> Tensor:
     return F.grid_sample(x, grid, mode='bicubic', padding_mode='border', align_corners=False)
 
 
+def test(model: nn.Module, images: Tensor, labels: Tensor, size: int, mean: Tensor, std: Tensor) -> Dict[str, Any]:
+    right = count_right(model, images, labels, size, mean, std)
+    return {'size': size, 'right': right, 'images': len(labels), 'accuracy': right / len(labels)}
+
+
 @torch.inference_mode()
 def count_right(model: nn.Module, images: Tensor, labels: Tensor, size: int, mean: Tensor, std: Tensor) -> int:
     """How many of the images (N, 1, height, width), 0 to 1, the model classifies rightly at `size` pixels."""
@@ -266,6 +267,10 @@ def format_result(result: Dict[str, Any]) -> str:
         rows.append([
             model['name'], *(f'{test["accuracy"]:.1%}' for test in model['tests']), f'{model["parameters"]:,}',
             f'{model["train_seconds"] + model["test_seconds"]:.0f}'])
+        if model['by_rule']:
+            rows.append([
+                f'  rope_scaling={model["by_rule"]["rule"]}', '',
+                *(f'{test["accuracy"]:.1%}' for test in model['by_rule']['tests']), '', ''])
     chance = data['most_frequent_class'] / data['test_images']
     rows.append(['(always the same class)', *[f'{chance:.1%}'] * len(sizes), '', ''])
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -278,14 +283,4 @@ def format_result(result: Dict[str, Any]) -> str:
         f'Both models: {recipe["embed_dim"]} wide, {recipe["depth"]} blocks, {recipe["num_heads"]} heads, patches of '
         f'{recipe["patch_size"]} px; {recipe["epochs"]} epochs, seed {recipe["seed"]}, on '
         f'{result["environment"]["device"]}.',
-        result['note']])
-
-
-def write_json(path: Path, result: Dict[str, Any]) -> None:
-    """Write the result, so that a reader finds the whole file or the one before."""
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        unfinished.write_text(json.dumps(result, indent=2) + '\n')
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        result['note'], '', NEXT])

@@ -9,6 +9,7 @@ from typing import Any, Dict, List
 import torch
 from timm.utils import ParseKwargs
 
+from .._common import integer_from
 from .evaluate import Size
 from .rules import parse_rule
 from .tasks import Sweep
@@ -63,15 +64,6 @@ def parse_size(text: str) -> Size:
     if min(size) < 1:
         raise argparse.ArgumentTypeError(f'must be N or HEIGHTxWIDTH in pixels, got {text!r}')
     return size
-
-
-def integer_from(minimum: int) -> Any:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f'must be an integer of at least {minimum}, got {text!r}')
-        return int(text)
-
-    return parse
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,5 +1,4 @@
 """Which models are meant, and how each is loaded: once, with the classes, images and pooling it was trained with."""
-import hashlib
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +9,7 @@ from timm.models import parse_model_name, resolve_model_input_args
 from torch import Tensor, nn
 
 from ...positions.coordinates import read_grid
-from ...weights.files import read_weights
+from ...weights.files import read_weights, sha256_of
 from ...weights.layouts.base import unwrap
 from ...weights.origin import training_config
 from ...weights.pretrained import find_weights
@@ -39,12 +38,7 @@ class Source:
         if self.name.startswith('local-dir:'):
             folder = Path(self.name.partition(':')[2])
             files = [folder / 'config.json', find_weights(folder)]
-        digest = hashlib.sha256()
-        for path in files:
-            with path.open('rb') as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-        return digest.hexdigest() if files else None
+        return sha256_of(*files) if files else None
 
 
 @dataclass

@@ -1,21 +1,12 @@
 """The results file of a sweep: what was asked, and what came out so far. Written anew after each evaluation."""
 import json
-import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+from .._common import write_whole
+
 FORMATS = ('timm_rope sweep 1', 'timm_rope sweep 2')  # without and with rules: what knows none must not read them
 NUMBERS = ('height', 'width', 'top1', 'top5', 'right_top1', 'right_top5', 'images', 'images_per_second')
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, so that a reader finds all of it or the one before."""
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 class Results:

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from .results import write_whole
+from .._common import write_whole
 from .rules import label_of
 
 COLUMNS = (
