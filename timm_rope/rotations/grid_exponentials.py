@@ -2,8 +2,9 @@
 
 A = x A_x + y A_y is divided by 2^s, so that few terms of the Taylor series sum_k A^k / k! suffice. That polynomial of a
 matrix is also a polynomial in the two numbers x and y. Its coefficients, the sums of all products of i times A_x and
-k - i times A_y, are made once for a pair of generators; all positions together are then one matrix product with the
-monomials x^i y^(k-i). The result is squared s times.
+k - i times A_y, are made once for a pair of generators. They are summed first with the powers of y, for every row, and
+then with those of x, for every position of it, so that a position costs as many products as the degree, and not as many
+as there are coefficients. The result is squared s times.
 
 E = F^2 gives dE = F dF + dF F. For skew-symmetric A this map is its own adjoint up to a transpose, and those of all
 squarings commute, since every F is a function of the same A. So the backward walks the squarings in the order of the
@@ -12,7 +13,8 @@ forward, on the transposed matrices (those at -x, -y), and keeps none of them.
 The operators `timm_rope::grid_exponentials` and `timm_rope::grid_exponentials_backward` are what a compiled graph
 holds: how often to square depends on the norm of the generators, which no graph knows.
 
-Shapes: L layers, H heads, G pairs of generators to a head, P = L H G, N positions, C coefficients, b size of a matrix.
+Shapes: L layers, H heads, G pairs of generators to a head, P = L H G, N positions, K powers from 0 to the degree,
+b size of a matrix.
 """
 import math
 from typing import List, NamedTuple
@@ -22,7 +24,9 @@ from torch import Tensor
 
 from .._precision import without_autocast
 
-RADIUS = 2.0  # norm up to which the polynomial is used: beyond, another squaring costs less than more terms
+# Norm up to which the polynomial is used: beyond, another squaring costs less than more terms. Terms are made once for a
+# pair of generators, squares for every position, so that large grids are better off with fewer squarings.
+RADIUS, RADIUS_OF_LARGE_GRIDS, LARGE = 2., 4., 1024
 CHUNK = 2 ** 19  # numbers worked on at a time: stays in the cache of a CPU
 CHUNK_OF_A_GPU = 2 ** 26  # where many small launches would cost more than they save
 
@@ -62,7 +66,8 @@ def plan(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Plan:
     reach = float(torch.cat((y, x)).abs().amax()) or 1.0
     if not math.isfinite(norm):
         return Plan(0, 1, reach, False)
-    squarings = max(0, math.ceil(math.log2(max(norm, RADIUS) / RADIUS)))
+    radius = RADIUS if len(y) * len(x) < LARGE else RADIUS_OF_LARGE_GRIDS
+    squarings = max(0, math.ceil(math.log2(max(norm, radius) / radius)))
     degree, error = 1, norm / 2 ** squarings
     while error * 2 ** squarings > torch.finfo(freqs.dtype).eps / 2:
         degree += 1
@@ -76,13 +81,13 @@ def forward(freqs: Tensor, y: Tensor, x: Tensor, size: int, plan: Plan, squared_
     out = freqs.new_empty(layers * heads, len(y) * len(x), groups, size, size)
     if not plan.finite:
         return out.fill_(math.nan).flatten(2).unflatten(0, [layers, heads])
-    a, table = _scaled(freqs, size, plan), _monomials(y, x, plan, _wide(freqs).dtype)
+    a = _scaled(freqs, size, plan)
+    up_y, up_x = (_powers(axis, plan, a.dtype) for axis in (y, x))
     for part in _chunks(out):
-        terms = torch.cat(_coefficients(a[:, part].flatten(1, 2), plan.degree), 1).flatten(2)
-        made = torch.matmul(table, terms).view(-1, size, size).to(squared_in)
+        made = _polynomial(_coefficients(a[:, part].flatten(1, 2), plan.degree), up_y, up_x).to(squared_in)
         for _ in range(plan.squarings):
             made = torch.bmm(made, made)
-        out[part] = made.view(-1, groups, len(table), size, size).transpose(1, 2)
+        out[part] = made.view(-1, groups, len(y) * len(x), size, size).transpose(1, 2)
     return out.flatten(2).unflatten(0, [layers, heads])
 
 
@@ -92,21 +97,21 @@ def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, plan:
         return torch.full_like(freqs, math.nan, memory_format=torch.contiguous_format)
     groups = freqs.shape[3]
     a = _scaled(freqs, size, plan).to(freqs.dtype)
-    table, opposite = _monomials(y, x, plan, freqs.dtype), _monomials(-y, -x, plan, freqs.dtype)
+    up_y, up_x = (_powers(axis, plan, freqs.dtype) for axis in (y, x))
+    signs = torch.tensor([1., -1.], device=x.device, dtype=freqs.dtype).repeat(plan.degree // 2 + 1)[:plan.degree + 1]
     out, grad = torch.empty_like(a), grad.unflatten(-1, [groups, size, size]).flatten(0, 1)
     for part in _chunks(grad):
         generators = a[:, part].flatten(1, 2)
         terms = _coefficients(generators, plan.degree)
-        f = torch.matmul(opposite, torch.cat(terms, 1).flatten(2)).view(-1, size, size)
+        f = _polynomial(terms, up_y * signs, up_x * signs)  # at the opposite positions
         both = torch.cat((f, grad[part].transpose(1, 2).reshape(-1, size, size)), -1)  # F F and F G are one product
         for _ in range(plan.squarings):
             f, g = both[..., :size], both[..., size:]
             other = torch.bmm(g, f)
             both = torch.bmm(f, both)
             both[..., size:] += other
-        of_terms = torch.matmul(table.mT, both[..., size:].reshape(-1, len(table), size * size))
-        by_degree = of_terms.unflatten(-1, [size, size]).split([term.shape[1] for term in terms], 1)
-        out[:, part] = _coefficients_backward(generators, terms, list(by_degree)).unflatten(1, [-1, groups])
+        grads = _polynomial_backward(both[..., size:].reshape(-1, len(y), len(x), size * size), up_y, up_x)
+        out[:, part] = _coefficients_backward(generators, terms, grads).unflatten(1, [-1, groups])
     row, column = torch.triu_indices(size, size, 1, device=out.device)
     return ((out - out.mT)[..., row, column] * (plan.reach / 2 ** plan.squarings)).contiguous().view_as(freqs)
 
@@ -120,13 +125,32 @@ def _wide(freqs: Tensor) -> Tensor:
     return freqs.detach() if freqs.device.type == 'mps' else freqs.detach().double()
 
 
-def _monomials(y: Tensor, x: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
-    """x^i y^(k-i) for k = 0 .. degree and i = 0 .. k at every position, (N, C)."""
-    power = torch.arange(plan.degree + 1, device=x.device)
-    up_x, up_y = ((axis / plan.reach).unsqueeze(-1) ** power for axis in (x, y))
-    return torch.stack([
-        up_y[:, k - i].unsqueeze(1) * up_x[:, i] for k in range(plan.degree + 1) for i in range(k + 1)
-    ], dim=-1).flatten(0, 1).to(dtype)
+def _powers(axis: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """Powers 0 .. degree of the coordinates of an axis in units of `reach`, (coordinates, K)."""
+    return ((axis / plan.reach).unsqueeze(-1) ** torch.arange(plan.degree + 1, device=axis.device)).to(dtype)
+
+
+def _polynomial(terms: List[Tensor], up_y: Tensor, up_x: Tensor) -> Tensor:
+    """The sum of x^i y^(k-i) times the coefficients (P, k + 1, b, b) of every degree k, (P N, b, b)."""
+    size, powers = terms[0].shape[-1], len(terms)
+    by_powers = terms[0].new_zeros(terms[0].shape[0], powers, powers, size * size)  # of y, of x
+    for k, term in enumerate(terms):
+        i = torch.arange(k + 1, device=term.device)
+        by_powers[:, k - i, i] = term.flatten(2)
+    rows = torch.matmul(up_y, by_powers.flatten(2)).unflatten(2, [powers, -1])
+    return torch.matmul(up_x, rows).view(-1, size, size)
+
+
+def _polynomial_backward(grad: Tensor, up_y: Tensor, up_x: Tensor) -> List[Tensor]:
+    """Gradients of the coefficients of every degree from that of the sum, (P, rows, columns, b b)."""
+    size, powers = math.isqrt(grad.shape[-1]), up_x.shape[1]
+    rows = torch.matmul(up_x.mT, grad)
+    by_powers = torch.matmul(up_y.mT, rows.flatten(2)).view(-1, powers, powers, size, size)
+    out = []
+    for k in range(powers):
+        i = torch.arange(k + 1, device=grad.device)
+        out.append(by_powers[:, k - i, i])
+    return out
 
 
 def _coefficients(a: Tensor, degree: int) -> List[Tensor]:
