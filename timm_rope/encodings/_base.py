@@ -1,8 +1,7 @@
 """What an encoding is: coordinate convention + frequencies + rotation + learned or not, under a name.
 
 This is the contract: what a subclass states (one file in `encodings/`, one line in `encodings/__init__.py`), and what
-everybody else asks of it, the payloads of a grid. What it shares with no other concept stands beside: how it is used in
-`_usage.py`, its tensors, casts and checkpoints in `_state.py`, its reference grid in `_reference.py`.
+everybody else asks of it, the payloads of a grid. Beside it: `_usage.py`, `_state.py`, `_reference.py`, `_cache.py`.
 
 Shapes: L layers, H heads, G channel groups, N tokens, W payload width. An axis of size 2 is (x, y), x first.
 """
@@ -16,8 +15,8 @@ from ..positions.augmentation import augment
 from ..positions.coordinates import COORDS, grid_axes, reference_side, to_grid
 from ..positions.scaling import growth, interpolate, log_n_scale, rescale
 from ..rotations.formulas import Rotation
-from ._cache import PayloadCache
-from ._payloads import per_block
+from ._cache import KeepsPayloads, PayloadCache
+from ._payloads import check_rotate, per_block
 from ._signature import format_signature, write_signature
 from ._state import SavedState
 from ._usage import USAGE, HasUsage
@@ -30,7 +29,7 @@ ENCODINGS: Dict[str, Type['RotaryEncoding']] = {}
 SHARING = dict(share_heads=False, share_layers=False)  # options of every learned encoding
 
 
-class RotaryEncoding(HasUsage, SavedState):
+class RotaryEncoding(HasUsage, KeepsPayloads, SavedState):
     """Base class of every rotary encoding.
 
     Calling the module with a grid size gives the payloads, one per block of the model; `rotate` applies one.
@@ -60,14 +59,11 @@ class RotaryEncoding(HasUsage, SavedState):
         reference_grid: (rows, columns) the weights are trained on; see `coordinates.py`. Loaded weights bring theirs.
         device: Device of all tensors.
         dtype: float32 or float64; lower precisions are raised to float32.
-        scaling: What happens on grids larger than the reference grid, a rule of `scaling.py`: 'extrapolate',
-            'interpolate', 'ntk' or 'yarn'. As `log_n` a choice of whoever uses the weights: not saved with them.
-        log_n: Multiply attention scores by ln(n) / ln(n_ref) where there are more tokens than in training; the
-            attention has to do it, see `score_scale`.
-        shift: Augmentation of the coordinates in training mode, see `augmentation.py`: they move by up to this part of
-            half the reference image. None is off, as for the next two.
-        jitter: Each axis is stretched by a factor between 1 / jitter and jitter.
-        rescale: Both axes are stretched by a factor between 1 / rescale and rescale.
+        scaling: Rule for grids larger than the reference grid, see `scaling.py`; as `log_n` not saved with weights.
+        log_n: Whether attention multiplies its scores by `score_scale`, where there are more tokens than in training.
+        shift: In training coordinates move by up to this part of half the reference image, see `augmentation.py`.
+        jitter: In training each axis is stretched by a factor between 1 / jitter and jitter.
+        rescale: In training both axes are stretched by a factor between 1 / rescale and rescale; None is off, for all.
         **options: Options of the encoding, `option_defaults()`.
 
     Raises:
@@ -76,7 +72,7 @@ class RotaryEncoding(HasUsage, SavedState):
 
     Attributes:
         options: All options with their values.
-        usage: What is no part of the function that the weights were trained for: `scaling` to `rescale` above.
+        usage: `scaling` to `rescale` above.
         freqs: Frequencies or generators, x first: a parameter if learned, else a non-persistent buffer.
         reference_grid: float32 tensor (2,), saved with the weights and rounded when it is read: as floating point
             numbers the weights can be averaged and cast as a whole.
@@ -256,31 +252,6 @@ class RotaryEncoding(HasUsage, SavedState):
             self.depth,
         )
 
-    @torch.jit.unused
-    def _is_recorded(self, grid_size: Tuple[int, int]) -> bool:
-        """Whether the graph that is being recorded is meant for another runtime, or is no more than traced."""
-        return (
-            torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(grid_size[0], torch.fx.Proxy))
-
-    @torch.jit.unused
-    def _is_eager(self, grid_size: Tuple[int, int]) -> bool:
-        """False where a graph is being recorded (compile, export, FX, jit.trace) and sizes may be symbols."""
-        return not (
-            torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(grid_size[0], torch.fx.Proxy))
-
-    @torch.jit.unused
-    def _cached_payloads(self, grid_size: Tuple[int, int], num_prefix_tokens: int) -> List[Tensor]:
-        if (torch.is_grad_enabled() and self.freqs.requires_grad) or (self._augmented and self.training):
-            return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
-        key = (grid_size, num_prefix_tokens, self.depth, self.scaling)
-        payloads = self._cache.get(key, self.freqs, self.reference_grid)
-        if payloads is None:
-            # outside inference mode, since what is made inside it could not be used in training later
-            with torch.inference_mode(False), torch.no_grad():
-                payloads = self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
-            self._cache.put(key, payloads, self.freqs, self.reference_grid)
-        return list(payloads)
-
     def score_scale(self, tokens: int, num_prefix_tokens: int = 0) -> Tensor:
         """What the scores of `tokens` queries and keys are multiplied by if `log_n` is set, see `scaling.log_n_scale`.
 
@@ -307,18 +278,8 @@ class RotaryEncoding(HasUsage, SavedState):
             ValueError: The shapes do not fit each other.
         """
         if not torch.jit.is_scripting():
-            self._check_rotate(x, payload)
+            check_rotate(x, payload, self.num_heads, self.head_dim, self.rotation.width)
         return self.rotation(x, payload)
-
-    @torch.jit.unused
-    def _check_rotate(self, x: Tensor, payload: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.num_heads or x.shape[3] != self.head_dim:
-            raise ValueError(
-                f'x must be (batch, {self.num_heads} heads, tokens, head_dim {self.head_dim}), got {tuple(x.shape)}.')
-        if payload.shape[-1] != self.rotation.width or payload.shape[-2] != x.shape[2]:
-            raise ValueError(
-                f'payload must end in ({x.shape[2]} tokens, {self.rotation.width}), got {tuple(payload.shape)}: '
-                f'call the encoding with the grid size of x.')
 
     # -- training
 

@@ -1,8 +1,8 @@
 """The payloads of the grids that were used last, kept while nothing they were computed from has changed."""
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._tracing import plain
 
@@ -87,3 +87,50 @@ def _is_plain(tensors: Tuple[Tensor, ...]) -> bool:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return False
     return plain(*tensors) and not any(t.is_inference() for t in tensors)
+
+
+class KeepsPayloads(nn.Module):
+    """Part of `RotaryEncoding` that computes payloads once for each grid, where they can be computed once."""
+    freqs: Tensor
+    reference_grid: Tensor
+    depth: int
+    scaling: str
+    _augmented: bool
+    _cache: PayloadCache
+
+    def _payloads(self, height: int, width: int, num_prefix_tokens: int) -> List[Tensor]:
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def _is_recorded(self, grid_size: Tuple[int, int]) -> bool:
+        """Whether the graph that is being recorded is meant for another runtime, or is no more than traced."""
+        return (
+            torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(grid_size[0], torch.fx.Proxy))
+
+    @torch.jit.unused
+    def _is_eager(self, grid_size: Tuple[int, int]) -> bool:
+        """False where a graph is being recorded (compile, export, FX, jit.trace) and sizes may be symbols."""
+        return not (
+            torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(grid_size[0], torch.fx.Proxy))
+
+    @torch.jit.unused
+    def _cached_payloads(self, grid_size: Tuple[int, int], num_prefix_tokens: int) -> List[Tensor]:
+        if (torch.is_grad_enabled() and self.freqs.requires_grad) or (self._augmented and self.training):
+            return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
+        key = (grid_size, num_prefix_tokens, self.depth, self.scaling)
+        payloads = self._cache.get(key, self.freqs, self.reference_grid)
+        if payloads is None:
+            # outside inference mode, since what is made inside it could not be used in training later
+            with torch.inference_mode(False), torch.no_grad():
+                payloads = self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
+            self._cache.put(key, payloads, self.freqs, self.reference_grid)
+        return list(payloads)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_cache': PayloadCache()}
+
+    def _replicate_for_data_parallel(self):
+        # replicas hold fresh tensors in every forward and run in threads: they share no cache
+        replica = super()._replicate_for_data_parallel()
+        replica._cache = PayloadCache()
+        return replica

@@ -32,3 +32,15 @@ def keep_tokens(payload: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -
     prefix = torch.arange(num_prefix_tokens, device=keep_indices.device).unsqueeze(0).expand(batch, -1)
     index = torch.cat((prefix, keep_indices + num_prefix_tokens), dim=1)
     return payload[:, index].transpose(0, 1)
+
+
+@torch.jit.unused
+def check_rotate(x: Tensor, payload: Tensor, num_heads: int, head_dim: int, width: int) -> None:
+    """Refuse queries or keys (batch, heads, N, head_dim) and a payload (..., N, W) that do not fit each other."""
+    if x.ndim != 4 or x.shape[1] != num_heads or x.shape[3] != head_dim:
+        raise ValueError(
+            f'x must be (batch, {num_heads} heads, tokens, head_dim {head_dim}), got {tuple(x.shape)}.')
+    if payload.shape[-1] != width or payload.shape[-2] != x.shape[2]:
+        raise ValueError(
+            f'payload must end in ({x.shape[2]} tokens, {width}), got {tuple(payload.shape)}: call the encoding with '
+            f'the grid size of x.')

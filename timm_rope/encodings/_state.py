@@ -1,6 +1,6 @@
-"""The tensors of an encoding: how they are filled, cast and copied, and what a checkpoint must agree on.
+"""The tensors of an encoding: how they are filled and cast, and what a checkpoint must agree on.
 
-Comes in: state dicts, casts, moves and copies of a model. Goes out: an encoding whose frequencies are float32 at least
+Comes in: state dicts, casts and moves of a model. Goes out: an encoding whose frequencies are float32 at least
 and never uninitialised, or a clear error before anything is changed.
 """
 from typing import Any, ClassVar, Dict
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..positions.coordinates import LARGEST_SIDE
-from ._cache import PayloadCache
 from ._reference import HasReferenceGrid, saved_reference_grid
 from ._signature import read_signature, signature_conflicts, write_signature
 
@@ -129,14 +128,3 @@ class SavedState(HasReferenceGrid):
             if self.freqs.is_meta and not self.reference_grid.is_meta:
                 self.freqs = torch.empty_like(self.freqs, device=self.reference_grid.device)
             self.init_non_persistent_buffers()
-
-    # -- copies
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, '_cache': PayloadCache()}
-
-    def _replicate_for_data_parallel(self):
-        # replicas hold fresh tensors in every forward and run in threads: they share no cache
-        replica = super()._replicate_for_data_parallel()
-        replica._cache = PayloadCache()
-        return replica

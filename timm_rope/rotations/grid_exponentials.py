@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .._precision import without_autocast
 
-# Norm up to which the polynomial is used: beyond, another squaring costs less than more terms. Terms are made once for a
-# pair of generators, squares for every position, so that large grids are better off with fewer squarings.
+# Norm up to which the polynomial is used: beyond, another squaring costs less than more terms. Terms are made once for
+# a pair of generators, squares for every position, so that large grids are better off with fewer squarings.
 RADIUS, RADIUS_OF_LARGE_GRIDS, LARGE = 2., 4., 1024
 CHUNK = 2 ** 19  # numbers worked on at a time: stays in the cache of a CPU
 CHUNK_OF_A_GPU = 2 ** 26  # where many small launches would cost more than they save

@@ -8,7 +8,7 @@ import argparse
 import ast
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import timm
 from safetensors import SafetensorError
@@ -146,7 +146,6 @@ def convert(
     arch = match(weights, model, model_args, size, {k: v for k, v in config.items() if v is not None})
     given = dict(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     cfg = pretrained_cfg(arch, origin, {k: v for k, v in given.items() if v is not None}, license)
-
     built = _build(arch, cfg, weights)
     state = built.state_dict()
     left_out = dict(weights.left_out)
@@ -154,12 +153,8 @@ def convert(
         left_out['pos_embed'] = 'not trained, and not used by the model'
     originals, average = _used_tensors(checkpoint)
     facts = _facts(arch, built, weights)
-    say(str(origin.path))
-    for key, value in {**facts, **average}.items():
-        say(_line(key, value))
-    for title, pairs in (('left out', grouped(left_out)), ('assumed', arch.assumed)):
-        for key, value in pairs.items():
-            say(_line(title, f'{key}: {value}'))
+    for line in (str(origin.path), *_report({**facts, **average}, left_out, arch.assumed)):
+        say(line)
 
     came_from = {'file': origin.name, 'SHA-256': origin.sha256(), **average}
     with new_folder(target, force) as folder:
@@ -192,6 +187,15 @@ def _build(arch: Architecture, cfg: Dict[str, Any], weights: Weights) -> Any:
     if missing:
         raise RuntimeError(f'The weights have no {", ".join(missing[:6])}.')
     return model
+
+
+def _report(facts: Dict[str, str], left_out: Dict[str, str], assumed: Dict[str, str]) -> Iterator[str]:
+    """Lines that say what was recognised, left out and assumed."""
+    for key, value in facts.items():
+        yield _line(key, value)
+    for title, pairs in (('left out', grouped(left_out)), ('assumed', assumed)):
+        for key, value in pairs.items():
+            yield _line(title, f'{key}: {value}')
 
 
 def _line(key: str, value: str) -> str:
