@@ -198,6 +198,7 @@ found = dict(same=type(timm.create_model({ANY!r}, device='meta')) is RopeVisionT
 
 # -- where it cannot work: one warning, and torch and timm are as usable as without us
 
+@pytest.mark.slow
 def test_missing_timm_is_one_warning_and_may_be_installed_later(tmp_path):
     script = HIDE + '''
 import torch
@@ -250,6 +251,7 @@ def test_warnings_as_errors_do_not_leave_the_plugin(tmp_path):
     assert stderr == CAUSE + '\n'
 
 
+@pytest.mark.slow
 def test_failed_import_of_timm_may_be_tried_again(tmp_path):
     script = '''
 import sys

@@ -228,6 +228,7 @@ def test_fsdp_gradients_are_those_of_one_process(fsdp, case):
                 assert error <= 1e-6 and error <= 1e-5 * scale, (step, name, error, scale)
 
 
+@pytest.mark.slow
 @needs_gloo
 @pytest.mark.parametrize('case', CASES)
 def test_fsdp_evaluates_as_one_process_after_every_change(fsdp, case):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import timm
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...encodings import RotaryEncoding
@@ -23,7 +22,7 @@ from ...weights.layouts import Weights, find_layout, recognise
 from ...weights.layouts.base import unwrap
 from ...weights.origin import HUB, Origin, find_origin, training_config
 from .architecture import Architecture, match
-from .hub_folder import CheckFailed, check_target, clean_exit, new_folder, verify
+from .hub_folder import CheckFailed, check_target, clean_exit, new_folder, verify, write_model
 from .model_card import check_license, grouped, write_card
 from .originals import compare, find_original
 from .weight_shapes import staged
@@ -158,10 +157,7 @@ def convert(
 
     came_from = {'file': origin.name, 'SHA-256': origin.sha256(), **average}
     with new_folder(target, force) as folder:
-        try:
-            timm.models.save_for_hf(built, str(folder), safe_serialization=True, model_config=_labels(origin, built))
-        except SafetensorError as e:  # of the disk, but no OSError
-            raise OSError(f'{target} could not be written: {e}') from e
+        write_model(built, folder, _labels(origin, built))
         card = write_card(
             target.name, cfg.get('license'), built.num_classes > 0, came_from, facts, arch.assumed, left_out)
         (folder / 'README.md').write_text(card, encoding='utf-8')

@@ -1,4 +1,5 @@
 """A folder that appears whole or not at all: written beside its place, checked there, then renamed."""
+import json
 import os
 import secrets
 import shutil
@@ -11,7 +12,7 @@ from typing import Any, Dict, Iterator, Union
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 CONFIG = 'config.json'  # what tells a model's folder from another one
@@ -83,6 +84,23 @@ def _flush(file: Path) -> None:
     """Wait until a file is on the disk: what it replaces is about to be deleted."""
     with file.open('rb+') as opened:
         os.fsync(opened.fileno())
+
+
+def write_model(model: Any, folder: Path, labels: Dict[str, Any]) -> None:
+    """Write weights and config.json by timm, so that timm and transformers load them.
+
+    Raises:
+        OSError: The files could not be written.
+    """
+    try:
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True, model_config=labels)
+    except SafetensorError as e:  # of the disk, but no OSError
+        raise OSError(f'{folder} could not be written: {e}') from e
+    path = folder / CONFIG
+    config = json.loads(path.read_text(encoding='utf-8'))
+    # stands beside the arguments as well, and transformers passes on both
+    config.get('model_args', {}).pop('num_classes', None)
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
 def verify(folder: Path, expected: Dict[str, Tensor]) -> None:
