@@ -476,3 +476,12 @@ def test_runs_are_bit_identical():
         model(x).square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize('tokens', [1, TOKENS - 1, TOKENS + 5])
+def test_a_payload_of_other_tokens_is_refused(tokens):
+    rope = encoding('mixed', 8, {})
+    payload = rope(GRID, PREFIX)[1]
+    qkv = torch.randn(2, tokens, 3 * HEADS * 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f'payload is of {TOKENS} tokens, the queries and keys are of {tokens}'):
+        rotate(qkv, payload, rope.rotation, HEADS)

@@ -1,5 +1,5 @@
 """Where weights come from, the published tags, and what a load leaves said and unsaid. Everything that speaks to a Hub
-is in test_hub.py."""
+is in test_hub_*.py."""
 import json
 import logging
 

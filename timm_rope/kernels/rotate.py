@@ -36,9 +36,15 @@ def rotate(
         Queries, keys and values, (B, H, N, D) each.
 
     Raises:
-        ValueError: TIMM_ROPE_KERNEL names no route.
+        ValueError: The payload is of another number of tokens, or TIMM_ROPE_KERNEL names no route.
         RuntimeError: TIMM_ROPE_KERNEL names a route that cannot take this input.
     """
+    tokens, places = qkv.shape[1], payload.shape[-2]
+    # sizes that are being recorded are no plain numbers, and need not be compared
+    if type(tokens) is int and type(places) is int and tokens != places:
+        raise ValueError(
+            f'The payload is of {places} tokens, the queries and keys are of {tokens}: call the encoding with the grid of '
+            f'these tokens, and if some were dropped or inserted, index its payload (axis -2) likewise.')
     route = routes.find_route(qkv, payload, rotation, num_heads)
     if route is None:
         q, k, v = unpack(qkv, num_heads)
