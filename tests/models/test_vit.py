@@ -152,8 +152,12 @@ def test_patch_dropout_keeps_the_positions_of_what_it_keeps():
 
 
 def test_a_block_does_not_silently_run_without_its_payload():
+    block = make().blocks[0]
+    with pytest.raises(ValueError, match=r'takes all tokens of the grid of its model, 1 \+ 4 x 4, got 18'):
+        block(torch.randn(1, 18, 24))
+    block.attn.positions = None  # of no model
     with pytest.raises(ValueError, match='needs the payload'):
-        make().blocks[0](torch.randn(1, 17, 24))
+        block(torch.randn(1, 17, 24))
 
 
 @pytest.mark.parametrize('name', ['vit_tiny_rope_spherical_learned', 'vit_tiny_rope_liere'])

@@ -115,6 +115,7 @@ class KeepsPayloads(nn.Module):
 
     @torch.jit.unused
     def _cached_payloads(self, grid_size: Tuple[int, int], num_prefix_tokens: int) -> List[Tensor]:
+        self.last_grid = grid_size  # for blocks that are run alone
         if (torch.is_grad_enabled() and self.freqs.requires_grad) or (self._augmented and self.training):
             return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
         key = (grid_size, num_prefix_tokens, self.depth, self.scaling)

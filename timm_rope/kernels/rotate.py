@@ -43,8 +43,8 @@ def rotate(
     # sizes that are being recorded are no plain numbers, and need not be compared
     if type(tokens) is int and type(places) is int and tokens != places:
         raise ValueError(
-            f'The payload is of {places} tokens, the queries and keys are of {tokens}: call the encoding with the grid of '
-            f'these tokens, and if some were dropped or inserted, index its payload (axis -2) likewise.')
+            f'The payload is of {places} tokens, the queries and keys are of {tokens}: call the encoding with the grid '
+            f'of these tokens, and if some were dropped or inserted, index its payload (axis -2) likewise.')
     route = routes.find_route(qkv, payload, rotation, num_heads)
     if route is None:
         q, k, v = unpack(qkv, num_heads)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels import does_nothing, owned, rotate, unpack
 from ..rotations.formulas import Rotation
+from .block_positions import BlockPositions
 
 # traced graphs keep these two as single nodes, as those of timm's own attention do
 torch.fx.wrap('maybe_add_mask')
@@ -21,12 +22,15 @@ torch.fx.wrap('resolve_self_attn_mask')
 class RopeAttention(Attention):
     """timm's self-attention with a rotation of queries and keys, after their norm and before the scores.
 
-    Values are never rotated. `rotation` is set by the block; None gives plain attention.
+    Values are never rotated. `rotation` is set by the block; None gives plain attention. `positions` is where a payload
+    comes from that is not given.
     """
+    __jit_ignored_attributes__ = ['positions']
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rotation: Optional[Rotation] = None
+        self.positions: Optional[BlockPositions] = None
 
     def forward(
             self,
@@ -48,7 +52,7 @@ class RopeAttention(Attention):
         B, N, _ = x.shape
         qkv = self.qkv(x)
         if self.rotation is not None and payload is None:
-            raise ValueError('This attention rotates its queries and keys: it needs the payload of its tokens.')
+            payload = self._own_payload(N)
         if torch.jit.is_scripting():
             q, k, v = self._split(qkv, payload)
         elif (self.rotation is not None and payload is not None
@@ -78,6 +82,12 @@ class RopeAttention(Attention):
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
+
+    @torch.jit.unused
+    def _own_payload(self, tokens: int) -> Tensor:
+        if self.positions is None:
+            raise ValueError('This attention rotates its queries and keys: it needs the payload of its tokens.')
+        return self.positions.payload(tokens)
 
     def _split(self, qkv: Tensor, payload: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a projection by plain operations, with norms and rotation if there are any."""

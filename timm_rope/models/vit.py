@@ -23,6 +23,7 @@ from ..weights.fit_vit import checkpoint_filter_fn as checkpoint_filter_fn  # ti
 from ..weights.fit_vit import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed
 from .attention import RopeBlock
+from .block_positions import place
 from .norms import get_norm
 from .patch_embed import GridPatchEmbed, new_sizes, to_image_size, to_size
 from .plain_vit import PlainVisionTransformer, check_arguments
@@ -124,9 +125,8 @@ class RopeVisionTransformer(RotaryModel, Checkpointed, PlainVisionTransformer):
                 patch_drop_rate, num_prefix_tokens=self.num_prefix_tokens)
         self._add_pos_embed_grid(device)
         self.rope = rope
-        if rope is not None and not told:
-            # that of the stem, which may have strides of its own; training may change it once more
-            rope.set_initial_grid(self.patch_embed.grid_size)
+        if rope is not None:
+            place(self, rope, told)
         self._move_rope_before_blocks()
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init  # type: ignore[assignment]
         if weight_init != 'skip':

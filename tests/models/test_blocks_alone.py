@@ -1,0 +1,72 @@
+"""Blocks that somebody else runs, as `model.blocks(tokens)`."""
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny import make
+
+NAMES = ['vit_tiny_rope_spherical', 'vit_tiny_rope_mixed_ape', 'vit_tiny_rope_liere', 'vit_tiny_ape']
+
+
+def tokens_of(model, x):
+    return model.norm_pre(model.pos_drop(model._pos_embed(model.patch_embed(x))))
+
+
+def finish(model, x):
+    return model.forward_head(model.norm(x))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_full_set_of_tokens_just_works(name):
+    model = make(name)
+    x = torch.randn(2, 3, 32, 32)
+    expected = make(name)(x)
+    assert torch.equal(finish(model, model.blocks(tokens_of(model, x))), expected)
+    one_by_one = tokens_of(model, x)
+    for block in model.blocks:
+        one_by_one = block(one_by_one)
+    assert torch.equal(finish(model, one_by_one), expected)
+
+
+@pytest.mark.parametrize('size', [(48, 32), (16, 64)])
+def test_the_grid_seen_last(size):
+    model = make('vit_tiny_rope_spherical')
+    x = torch.randn(1, 3, *size)
+    expected = model(x)
+    assert torch.equal(finish(model, model.blocks(tokens_of(model, x))), expected)
+
+
+def test_other_tokens_are_refused_with_what_to_do():
+    model = make('vit_tiny_rope_spherical')
+    tokens, kept = tokens_of(model, torch.randn(2, 3, 32, 32)), torch.tensor([0, 1, 5, 7, 16])
+    with pytest.raises(ValueError, match=r'1 \+ 4 x 4, got 5.*payload=model\.rope\(\(rows, columns\), 1\)\[0\]'):
+        model.blocks(tokens[:, kept])
+    payloads = model.rope((4, 4), 1)
+    out = tokens[:, kept]
+    for block, payload in zip(model.blocks, payloads):
+        out = block(out, payload=payload[:, kept])
+    assert out.shape == (2, 5, 24)
+
+
+def test_gradients_reach_the_frequencies():
+    model = make('vit_tiny_rope_mixed').train()
+    x = torch.randn(2, 3, 32, 32)
+    model(x).square().sum().backward()
+    expected = model.rope.freqs.grad.clone()
+    model.zero_grad()
+    finish(model, model.blocks(tokens_of(model, x))).square().sum().backward()
+    assert torch.allclose(model.rope.freqs.grad, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_blocks_of_its_own(copied):
+    model = make('vit_tiny_rope_mixed')
+    other = copied(model)
+    assert all(block.attn.positions.model is other for block in other.blocks)
+    with torch.no_grad():
+        model.rope.freqs.mul_(3)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(finish(other, other.blocks(tokens_of(other, x))), other(x))
+    block = copy.deepcopy(model.blocks[0])
+    assert block.attn.positions.model is model
