@@ -90,9 +90,10 @@ class HasReferenceGrid(nn.Module):
                             f'instead of {before[0]} x {before[1]}; rope_reference_grid=... keeps another one.')
             self._undecided = False
             self._training_grid.grid = (rows, columns)
-        elif self._training_grid.grid is not None:
-            self.set_reference_grid(self._training_grid.grid)
+        else:
+            self.adopt_reference_grid()
 
+    @torch.jit.unused
     def adopt_reference_grid(self) -> None:
         """Take the grid of the training steps of a model that this one was copied from, if it has had any."""
         if self._undecided and self._training_grid.grid is not None and not self.reference_grid.is_meta:
