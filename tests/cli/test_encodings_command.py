@@ -21,12 +21,21 @@ def test_tables_are_written_between_their_marks(tmp_path):
     assert both.stat().st_mtime_ns == before, 'a file that is current is not touched'
 
 
-@pytest.mark.parametrize('content', ['no marks', '<!-- encodings -->\nno end'])
-def test_a_file_without_marks_is_refused_and_none_is_written(content, tmp_path, capsys):
+OPTIONS = '<!-- options -->\nold\n<!-- /options -->\n'
+
+
+@pytest.mark.parametrize('content,words', [
+    ('no marks', 'has neither <!-- encodings -->'),
+    ('<!-- encodings -->\nno end', 'has only one of <!-- encodings -->'),
+    (f'<!-- encodings -->\nno end\n{OPTIONS}', 'has only one of <!-- encodings -->'),
+    (f'no beginning\n<!-- /encodings -->\n{OPTIONS}', 'has only one of <!-- encodings -->'),
+    ('<!-- /options -->\nturned round\n<!-- options -->\n', 'or the second one first')])
+def test_a_file_without_marks_is_refused_and_none_is_written(content, words, tmp_path, capsys):
     good, bad = tmp_path / 'good.md', tmp_path / 'bad.md'
     good.write_text(OLD)
     bad.write_text(content)
     assert main(['encodings', '--update', str(good), str(bad)]) == 2
-    assert 'bad.md has neither <!-- encodings -->' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert 'bad.md' in error and words in error
     assert good.read_text() == OLD and bad.read_text() == content
     assert main(['encodings', '--update', str(tmp_path / 'none.md')]) == 2

@@ -36,13 +36,15 @@ def updated(path: Path) -> str:
     """Text of a file with the tables of today.
 
     Raises:
-        ValueError: It has no place for one.
+        ValueError: It has no place for one, or a place that does not begin or end.
     """
     text = path.read_text(encoding='utf-8')
     found = False
     for name, table in (('encodings', properties_table), ('options', options_table)):
         before, begin, rest = text.partition(f'<!-- {name} -->\n')
         _, end, after = rest.partition(f'<!-- /{name} -->')
+        if bool(begin) != (f'<!-- /{name} -->' in text) or bool(begin) != bool(end):
+            raise ValueError(f'{path} has only one of <!-- {name} --> and <!-- /{name} -->, or the second one first.')
         if begin and end:
             found, text = True, f'{before}{begin}{table()}\n{end}{after}'
     if not found:
