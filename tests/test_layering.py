@@ -22,7 +22,7 @@ ALLOWED = {
     'encodings': {'positions', 'rotations', '_checks', '_tracing'},
     'kernels': {'rotations', '_precision', '_tracing'},
     'weights': {'encodings', 'positions', '_checks', '_version'},
-    'models': {'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks'},
+    'models': {'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_tracing'},
     'cli': {'models', 'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_version', 'plugin'},
     '__main__': {'cli', '_version'},
     '__init__': {'models', 'encodings', 'plugin', '_version'},
@@ -97,7 +97,7 @@ def test_every_encoding_explains_itself(name):
 
 # -- sizes: the package grows by files and rooms, not by floors
 
-ROOM = dict(positions=350, rotations=700, encodings=1700, models=1600, kernels=1700, weights=2100, cli=2950)
+ROOM = dict(positions=350, rotations=700, encodings=1700, models=1720, kernels=1700, weights=2100, cli=2950)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 
 
@@ -123,5 +123,5 @@ def test_no_room_is_crowded():
     for name, bound in ROOM.items():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
-    assert core <= 4200, f'{", ".join(CORE)} have {core} lines together, the bound is 4200'
-    assert lines_of(*FILES) <= 11200, f'the package has {lines_of(*FILES)} lines, the bound is 11200'
+    assert core <= 4320, f'{", ".join(CORE)} have {core} lines together, the bound is 4320'
+    assert lines_of(*FILES) <= 11320, f'the package has {lines_of(*FILES)} lines, the bound is 11320'

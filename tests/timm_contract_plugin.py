@@ -136,10 +136,8 @@ SWIN: Values = {
         (m, 3, 'max'), (m, 3, 'avgmax'), (m, 0, '')]),
 }
 
-# tests that give a Swin images of another size than its own
-ANY_SIZE = (
-    'test_feature_getter_stage_ends_torchscript', 'test_forward_after_prune_intermediate_layers',
-    'test_reset_classifier_keeps_pool', 'test_export_tracks_reset_pool_in_head')
+# tests that take it for granted that a Swin has one size, which ours has only if told so
+ONE_SIZE = ('test_windowed_model_resize_roundtrip', 'test_swin_family_window_padding')
 
 # parameters beside the model for which a test says nothing about ours -> values kept
 KEPT_VALUES: Dict[str, Tuple[str, List[Any]]] = {
@@ -209,8 +207,8 @@ def renamed_model(request, monkeypatch):
                 monkeypatch.setattr(module, function, replace(getattr(module, function)))
 
 
-def _create_any_size(create: Callable, model: str, name: str, **kwargs):
-    return create(name, **({'strict_img_size': False, **kwargs} if name == model else kwargs))
+def _create_one_size(create: Callable, model: str, name: str, **kwargs):
+    return create(name, **({'strict_img_size': True, **kwargs} if name == model else kwargs))
 
 
 @pytest.fixture
@@ -218,11 +216,11 @@ def changed_constants(request, monkeypatch):
     name = request.function.__name__
     model = next((v for v in request.node.callspec.params.values() if v in MODELS), '')
     if model.startswith('swin_'):
-        if name in ANY_SIZE:
+        if name in ONE_SIZE:
             for module in (timm, request.module):
                 create = getattr(module, 'create_model', None)
                 if create is not None:
-                    monkeypatch.setattr(module, 'create_model', functools.partial(_create_any_size, create, model))
+                    monkeypatch.setattr(module, 'create_model', functools.partial(_create_one_size, create, model))
         return
     for key, value in {**CONSTANTS.get(name, {}), **getattr(RENAMED.get(name), 'constants', {})}.items():
         monkeypatch.setattr(request.module, key, value)

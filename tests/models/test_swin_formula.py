@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import set_fused_attn
-from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from tiny_swin import SMALL, blocks, double, forward_block, make, ropes, same, windows
 
 import timm_rope
@@ -116,17 +116,62 @@ def test_windows_by_ratio():
 def test_images_of_any_size():
     torch.manual_seed(5)
     x = torch.randn(1, 3, 40, 56)
-    strict, free, padded = make(), make(strict_img_size=False), make(dynamic_img_pad=True)
-    with pytest.raises(ValueError, match=r'40x56 does not match the model, built .* for 32x32'):
-        strict(x)
+    strict, free, padded = make(strict_img_size=True), make(), make(dynamic_img_pad=True)
+    for fixed in (strict, make(dynamic_img_size=False)):
+        with pytest.raises(ValueError, match=r'40x56 does not match the model, built .* for 32x32'):
+            fixed(x)
     built = make(img_size=(40, 56))
     assert [b.shift_size for b in blocks(free)] != [b.shift_size for b in blocks(built)], 'those of the nominal size'
-    wide = make(img_size=64, strict_img_size=False)
+    wide = make(img_size=64)
     with torch.no_grad():
         torch.testing.assert_close(wide(x), built(x))
+        torch.testing.assert_close(free(x[..., :32, :32]), strict(x[..., :32, :32]), rtol=0, atol=0)
         with pytest.raises(ValueError, match='40x54 must be a positive multiple of the patch 4x4'):
             free(x[..., :54])
         torch.testing.assert_close(padded(x[..., :54]), free(F.pad(x[..., :54], (0, 2))))
+
+
+@pytest.mark.parametrize('rule', ['timm', 'naver'])
+def test_masks_are_those_of_timm(rule):
+    """Of the nominal size and of others, also where only one axis is shifted."""
+    seen = 0
+    for block in blocks(make(img_size=(32, 64), window_rule=rule)):
+        for rows, columns in ((8, 16), (16, 12), (4, 20)):
+            x = torch.zeros(2, rows, columns, 1)
+            expected, mask = SwinTransformerBlock.get_attn_mask(block, x), block.get_attn_mask(x)
+            assert (mask is None) == (expected is None)
+            if mask is not None:
+                seen += 1
+                torch.testing.assert_close(mask, expected, rtol=0, atol=0)
+        torch.testing.assert_close(block.attn_mask, SwinTransformerBlock.get_attn_mask(
+            block, device=torch.device('cpu'), dtype=torch.float32), rtol=0, atol=0)
+    assert seen >= 3
+
+
+def test_graphs_take_any_size():
+    model, images = make(), [torch.randn(1, 3, *size) for size in ((32, 32), (40, 56), (64, 32))]
+    graphs = [
+        torch.fx.symbolic_trace(model), torch.jit.script(model),
+        torch.jit.trace(model, images[0], check_trace=False), torch.compile(model, backend='eager')]
+    with torch.no_grad():
+        for graph in graphs:
+            for x in images:
+                torch.testing.assert_close(graph(x), model(x))
+    height = torch.export.Dim('height', min=8, max=16)
+    with pytest.raises(ValueError, match='Windows cannot be exported for a height and width that vary'):
+        torch.export.export(model, (images[0],), dynamic_shapes={'x': {2: 4 * height}})
+
+
+def test_backbone_of_any_size():
+    """What a U-Net or a feature pyramid asks for."""
+    backbone = timm.create_model(
+        'swin_tiny_rope_mixed', features_only=True, embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 1, 2, 2))
+    maps = backbone(torch.randn(1, 3, 96, 160))
+    assert [tuple(each.shape) for each in maps] == [
+        (1, 24, 40, 8), (1, 12, 20, 16), (1, 6, 10, 32), (1, 3, 5, 64)]
+    for name in ('swin_tiny_rope_mixed', 'swin_tiny_patch4_window7_224'):
+        with pytest.raises(TypeError, match='output_stride'):
+            timm.create_model(name, features_only=True, output_stride=16)
 
 
 @pytest.mark.parametrize('head_dim', [8, (8, 24)])

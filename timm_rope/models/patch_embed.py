@@ -18,6 +18,8 @@ class GridPatchEmbed(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2], x.shape[-1]
+        if not self.flatten and not torch.jit.is_scripting():
+            specialize(height, width)
         patch_h, patch_w = self.patch_size[0], self.patch_size[1]
         if self.strict_img_size:
             check_exact_size(height, width, self.img_size[0], self.img_size[1])
@@ -31,6 +33,24 @@ class GridPatchEmbed(PatchEmbed):
         else:
             x = x.permute(0, 2, 3, 1)  # NHWC is the only unflattened format a ViT asks for
         return self.norm(x)
+
+
+@torch.fx.wrap
+@torch.jit.ignore
+def specialize(height: int, width: int) -> str:
+    """Have torch.compile make a graph for each size, which it does where a size is formatted into a string.
+
+    Windows pad and cut an image in every block. With symbols for its size the expressions grow from stage to stage
+    until the compiler seems to stand still.
+
+    Raises:
+        ValueError: A size is a symbol of torch.export.
+    """
+    if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
+        raise ValueError(
+            'Windows cannot be exported for a height and width that vary, got symbols in dynamic_shapes: export one '
+            'size (the batch may vary), or use torch.onnx.export(..., dynamo=False, dynamic_axes=...).')
+    return f'{height}x{width}'
 
 
 @torch.fx.wrap

@@ -17,7 +17,7 @@ from ..weights.fit_swin import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed
 from .patch_embed import GridPatchEmbed, new_sizes, to_image_size, to_size
 from .rotary import RotaryModel, take_options
-from .window_attention import NaverWindowBlock, RopeWindowAttention
+from .window_attention import AnySizeWindowBlock, NaverWindowBlock, RopeWindowAttention
 
 WINDOW = 7
 WEIGHT_INITS = ('', 'jax', 'jax_nlhb', 'moco', 'reset', 'skip')
@@ -52,8 +52,9 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
             'naver' shifts nothing where the shorter side fits in a window. See `NaverWindowBlock`.
         rope_encoding: Name of a rotary encoding (`timm_rope.list_ropes()`), or 'none'.
         rel_pos_bias: Keep Swin's relative position bias beside the rotation.
-        strict_img_size: Take only images of `img_size`. If not, shifts and windows remain those of `img_size`.
-        dynamic_img_size: The opposite of `strict_img_size`.
+        strict_img_size: Take only images of `img_size`. If not, as by default, images of any multiple of the patch
+            are taken, with the windows and shifts of `img_size`, padded to whole windows as in timm's Swin.
+        dynamic_img_size: False is the same as `strict_img_size=True`.
         dynamic_img_pad: Pad images to a multiple of the patch, at the right and the bottom; takes images of any size.
         weight_init: timm's schemes.
         device: Device of all tensors.
@@ -83,8 +84,8 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
             window_rule: str = 'timm',
             rope_encoding: str = 'axial',
             rel_pos_bias: bool = False,
-            strict_img_size: bool = True,
-            dynamic_img_size: bool = False,
+            strict_img_size: bool = False,
+            dynamic_img_size: bool = True,
             dynamic_img_pad: bool = False,
             weight_init: str = '',
             device=None,
@@ -114,17 +115,16 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
         super().__init__(
             img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depths=depths,  # type: ignore[arg-type]
             num_heads=num_heads, head_dim=head_dims, window_size=windows,  # type: ignore[arg-type]
-            strict_img_size=strict_img_size and not dynamic_img_pad, dynamic_img_size=dynamic_img_size,
+            strict_img_size=(strict_img_size or not dynamic_img_size) and not dynamic_img_pad,
             weight_init='skip', device=device, dtype=dtype, **kwargs)
 
         self.rel_pos_bias = rel_pos_bias
         # timm names the classes of block and attention in the middle of its constructors and takes no other ones, so
-        # they are changed here: NAVER's block differs in one method and no state, so its class is enough
+        # they are changed here: these blocks differ in methods and no state, so their class is enough
         for layer, window, heads, channels in zip(self._stages(), windows, num_heads, head_dims):
             for block in layer.blocks:
-                if window_rule == 'naver':
-                    block.__class__ = NaverWindowBlock
-                    block.set_input_size(block.input_resolution, window)
+                block.__class__ = NaverWindowBlock if window_rule == 'naver' else AnySizeWindowBlock
+                block.set_input_size(block.input_resolution, window)
                 rope = make_rope(channels, heads, block.window_size, device, dtype)
                 block.attn = RopeWindowAttention.of(block.attn, rope, rel_pos_bias)
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init  # type: ignore[assignment]

@@ -12,6 +12,7 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor
 from torch.jit import Final
 
+from .._tracing import recording
 from ..encodings import RotaryEncoding
 from ..kernels import owned, rotate, unpack
 
@@ -147,7 +148,89 @@ def window_grid(x: Tensor, height: int, width: int) -> Tuple[int, int]:
     return height, width
 
 
-class NaverWindowBlock(SwinTransformerBlock):
+class AnySizeWindowBlock(SwinTransformerBlock):
+    """timm's Swin block with a mask of the shifted windows for every image that comes.
+
+    timm fixes the mask when the model is built, or makes it anew in every forward. Here the mask of the nominal size
+    is kept, and only an image of another size has one made.
+    """
+    input_resolution: Tuple[int, int]  # said for mypy; set by timm's constructor
+    attn_mask: Optional[Tensor]
+
+    def _init_buffers(self) -> None:
+        weight = self.norm1.weight
+        self.register_buffer(
+            'attn_mask', self.get_attn_mask(device=weight.device, dtype=weight.dtype), persistent=False)
+
+    def get_attn_mask(
+            self,
+            x: Optional[Tensor] = None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+    ) -> Optional[Tensor]:
+        """Mask of the shifted windows, (windows of an image, N, N) with N = rows * columns; None without a shift.
+
+        Args:
+            x: An image that is cut into windows, (B, H, W, C); None for the nominal size.
+            device: Of the mask, where there is no `x`.
+            dtype: Of the mask, where there is no `x`.
+        """
+        if not any(self.shift_size):
+            return None
+        height, width = self.input_resolution
+        rows = -(-height // self.window_size[0]) * self.window_size[0]
+        columns = -(-width // self.window_size[1]) * self.window_size[1]
+        if x is None:
+            return shifted_mask(rows, columns, self.window_size, self.shift_size, device).to(dtype)
+        return mask_of(x, self.attn_mask, (rows, columns), self.window_size, self.shift_size)
+
+
+@torch.fx.wrap
+def mask_of(
+        x: Tensor,
+        nominal: Optional[Tensor],
+        nominal_size: Tuple[int, int],
+        window: Tuple[int, int],
+        shift: Tuple[int, int],
+) -> Tensor:
+    """Mask of the shifted windows of an image: that of the nominal size where it fits, else a new one.
+
+    One node in a traced graph, so that the graph takes images of any size.
+
+    Args:
+        x: The image, padded to whole windows, (B, H, W, C).
+        nominal: Mask of an image of the nominal size.
+        nominal_size: (rows, columns) of it, whole windows.
+        window: (rows, columns).
+        shift: (rows, columns) by which the image was moved before it is cut.
+    """
+    if nominal is not None and (torch.jit.is_scripting() or not recording()):  # a recording must hold for every size
+        if (x.shape[1], x.shape[2]) == nominal_size:
+            return nominal
+    return shifted_mask(x.shape[1], x.shape[2], window, shift, x.device).to(x.dtype)
+
+
+def shifted_mask(
+        rows: int,
+        columns: int,
+        window: Tuple[int, int],
+        shift: Tuple[int, int],
+        device: Optional[torch.device],
+) -> Tensor:
+    """-100 where two patches of a window come from opposite sides of the image, else 0, (windows, N, N).
+
+    The image was moved up and left, around its edges: its last `shift` rows and columns are those of the other side.
+    """
+    lower = torch.arange(rows, device=device).view(-1, window[0]) >= rows - shift[0]
+    right = torch.arange(columns, device=device).view(-1, window[1]) >= columns - shift[1]
+    apart_in_rows = lower.unsqueeze(2) != lower.unsqueeze(1)  # (windows of a column, rows, rows)
+    apart_in_columns = right.unsqueeze(2) != right.unsqueeze(1)
+    apart = apart_in_rows[:, None, :, None, :, None] | apart_in_columns[None, :, None, :, None, :]
+    area = window[0] * window[1]
+    return torch.zeros_like(apart, dtype=torch.float32).masked_fill(apart, -100.).view(-1, area, area)
+
+
+class NaverWindowBlock(AnySizeWindowBlock):
     """timm's Swin block with NAVER's rule for windows: where the shorter side fits in a window, nothing is shifted.
 
     The window is then a square of that side. timm decides for each axis apart: along an axis that fits, the window
