@@ -158,7 +158,7 @@ class AnySizeWindowBlock(SwinTransformerBlock):
     attn_mask: Optional[Tensor]
 
     def _init_buffers(self) -> None:
-        weight = self.norm1.weight
+        weight: Any = self.norm1.weight
         self.register_buffer(
             'attn_mask', self.get_attn_mask(device=weight.device, dtype=weight.dtype), persistent=False)
 
