@@ -1,0 +1,155 @@
+"""Which blocks of a model turn their queries and keys, and by what: matrices and generators, in float64.
+
+In comes a model of this package (ViT or Swin) or one of timm's own with a rotary encoding (EVA-02, DINOv3, NAVER's,
+Perception Encoder); out come rotations in one form, so that everything else in this room asks no more which it was.
+"""
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from ..encodings import RotaryEncoding
+from ..positions.coordinates import grid_axes, to_grid
+
+Grid = Tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The rotation of one block.
+
+    Attributes:
+        name: Of the block in the model, 'blocks.3'.
+        rope: Its encoding, ours or timm's.
+        index: Which of the layers of the encoding it is.
+        grid: (rows, columns) of the patches that attend to each other at the nominal size.
+        head_dim: Channels per head.
+    """
+    name: str
+    rope: nn.Module
+    index: int
+    grid: Grid
+    head_dim: int
+
+
+def rotary_layers(model: nn.Module) -> List[Turn]:
+    """The blocks that rotate, from the first to the last.
+
+    Raises:
+        ValueError: The model has no rotary encoding that is understood.
+    """
+    parts: Any = model
+    rope = getattr(model, 'rope', None)
+    if isinstance(rope, nn.Module) and hasattr(model, 'blocks'):
+        if not isinstance(rope, RotaryEncoding) and not hasattr(rope, 'get_embed'):
+            raise ValueError(f'{type(rope).__name__} is no rotary encoding that is understood here.')
+        dim = parts.blocks[0].attn.qkv.out_features // 3 if isinstance(
+            getattr(parts.blocks[0].attn, 'qkv', None), nn.Linear) else parts.embed_dim
+        grid = to_grid(tuple(parts.patch_embed.grid_size), 'grid_size')
+        return [Turn(f'blocks.{i}', rope, i, grid, dim // block.attn.num_heads)
+                for i, block in enumerate(parts.blocks)]
+    turns = [
+        Turn(f'layers.{i}.blocks.{j}', block.attn.rope, 0, tuple(block.window_size), block.attn.rope.head_dim)
+        for i, stage in enumerate(getattr(parts, 'layers', ()))
+        for j, block in enumerate(getattr(stage, 'blocks', ()))
+        if isinstance(getattr(getattr(block, 'attn', None), 'rope', None), RotaryEncoding)]
+    if not turns:
+        raise ValueError(
+            f'{type(model).__name__} has no rotary encoding: of this package, or timm\'s own in `model.rope`.')
+    return turns
+
+
+@torch.no_grad()
+def rotation_matrices(turn: Turn, grid: Optional[Grid] = None) -> Tensor:
+    """What the queries and keys of each patch are multiplied by, group by group.
+
+    Args:
+        turn: One of `rotary_layers`.
+        grid: (rows, columns) of patches, the nominal one by default. Scaling rules are followed, augmentation is not.
+
+    Returns:
+        (H or 1, N, G, b, b) in float64, N row-major; orthogonal. Channels that belong to no group are left out.
+    """
+    grid = turn.grid if grid is None else to_grid(grid, 'grid')
+    if not isinstance(turn.rope, RotaryEncoding):
+        return _turned_by(_angles(turn, grid))
+    rope = _double(turn.rope)
+    payload = rope(grid)[turn.index if turn.rope.depth > 1 else 0]
+    return _matrices(rope, payload)
+
+
+@torch.no_grad()
+def generators(turn: Turn) -> Tensor:
+    """Skew-symmetric A_x and A_y of each group: a step of u patches to the right turns by exp(u A_x).
+
+    Where the rotations commute, as of pairs, a patch at (x, y) turns by exp(x A_x + y A_y). They are those of the
+    reference grid, where no scaling rule has an effect yet. Those of timm's encodings are read from the angle between
+    neighbouring patches, so they are known only up to whole turns.
+
+    Returns:
+        (H or 1, G, 2, b, b), x first, in float64, radians per patch.
+
+    Raises:
+        ValueError: The grid has only one patch along an axis, so that there is no step.
+    """
+    if not isinstance(turn.rope, RotaryEncoding):
+        if min(turn.grid) < 2:
+            raise ValueError(f'the grid must have two patches along each axis, to have a step, got {turn.grid}.')
+        angles = _angles(turn, turn.grid).unflatten(1, turn.grid)
+        steps = torch.stack((angles[:, 0, 1] - angles[:, 0, 0], angles[:, 1, 0] - angles[:, 0, 0]), dim=-1)
+        steps = torch.remainder(steps + math.pi, 2 * math.pi) - math.pi
+        zero = torch.zeros_like(steps)
+        return torch.stack((torch.stack((zero, -steps), -1), torch.stack((steps, zero), -1)), -2)
+    rope = _double(turn.rope)
+    rows, columns = [max(2, round(side)) for side in rope.reference_grid.tolist()]
+    y, x = grid_axes(rows, columns, rope.reference_grid, rope.freqs, rope.coords, rope.span, rope.centered)
+    layer = turn.index if rope.freqs.shape[1] > 1 else 0
+    freqs = rope.frequencies()[:, layer:layer + 1]
+    origin = x.new_zeros(1)
+
+    def at(along: int, by: float) -> Tensor:
+        step = (x[1] - x[0], y[1] - y[0])[along] * by
+        place = (origin + step, origin) if along == 0 else (origin, origin + step)
+        return _matrices(rope, rope.rotation.table(freqs, place[1], place[0])[0])[:, 0]
+
+    # the slope at the origin, from four points: exact to 1e-9 of the largest frequency for steps this small
+    h = 1e-3
+    slopes = [(8 * (at(axis, h) - at(axis, -h)) - (at(axis, 2 * h) - at(axis, -2 * h))) / (12 * h) for axis in (0, 1)]
+    return torch.stack(slopes, dim=2)
+
+
+def _double(rope: RotaryEncoding) -> RotaryEncoding:
+    return copy.deepcopy(rope).double().eval()
+
+
+def _matrices(rope: RotaryEncoding, payload: Tensor) -> Tensor:
+    """(H or 1, N, G, b, b) of a payload (H or 1, N, W): what becomes of each channel of a group."""
+    size, groups = rope.rotation.size, rope.rotation.groups
+    channels = torch.eye(size, dtype=payload.dtype, device=payload.device).repeat(1, groups)
+    x = payload.new_zeros(size, payload.shape[0], payload.shape[1], rope.head_dim)
+    x[..., :size * groups] = channels[:, None, None]
+    turned = rope.rotation(x, payload)[..., :size * groups].unflatten(-1, (groups, size))
+    return turned.permute(1, 2, 3, 4, 0)
+
+
+def _angles(turn: Turn, grid: Grid) -> Tensor:
+    """Angles (H or 1, N, D / 2) by which one of timm's encodings turns the pairs of channels of each patch."""
+    rope: Any = copy.deepcopy(turn.rope).eval()
+    fixed = getattr(rope, 'feat_shape', None)
+    embed = rope.get_embed() if fixed is not None and tuple(fixed) == tuple(grid) else rope.get_embed(shape=list(grid))
+    embed = embed.double()
+    if embed.ndim > 2 and embed.shape[0] > 1 and embed.ndim == 4:
+        embed = embed[turn.index]
+    sin, cos = embed.chunk(2, dim=-1)
+    angles = torch.atan2(sin, cos)
+    half = bool(getattr(rope, 'rotate_half', False))
+    angles = angles[..., :angles.shape[-1] // 2] if half else angles[..., ::2]
+    return angles.unsqueeze(0) if angles.ndim == 2 else angles
+
+
+def _turned_by(angles: Tensor) -> Tensor:
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)
