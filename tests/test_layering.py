@@ -24,7 +24,8 @@ ALLOWED = {
     'analysis': {'encodings', 'positions'},
     'weights': {'encodings', 'positions', '_checks', '_version'},
     'models': {'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_tracing'},
-    'cli': {'analysis', 'models', 'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_version', 'plugin'},
+    'cli': {'analysis', 'models', 'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_version',
+            'plugin'},
     '__main__': {'cli', '_version'},
     '__init__': {'models', 'encodings', 'plugin', '_version'},
 }
@@ -98,7 +99,8 @@ def test_every_encoding_explains_itself(name):
 
 # -- sizes: the package grows by files and rooms, not by floors
 
-ROOM = dict(analysis=800, positions=350, rotations=700, encodings=1700, models=1720, kernels=1700, weights=2100, cli=2950)
+ROOM = dict(
+    analysis=800, positions=350, rotations=700, encodings=1700, models=1720, kernels=1700, weights=2100, cli=3700)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 
 
@@ -125,4 +127,4 @@ def test_no_room_is_crowded():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
     assert core <= 4320, f'{", ".join(CORE)} have {core} lines together, the bound is 4320'
-    assert lines_of(*FILES) <= 11320, f'the package has {lines_of(*FILES)} lines, the bound is 11320'
+    assert lines_of(*FILES) <= 12800, f'the package has {lines_of(*FILES)} lines, the bound is 12800'

@@ -16,6 +16,7 @@ COMMANDS: Dict[str, str] = {  # name of a command, which is that of its module i
     'doctor': 'say whether scripts that only import timm find the models, and what to do if not',
     'encodings': 'list the encodings and their properties or options',
     'list': 'list the models',
+    'plot': 'draw what encodings do: frequencies, patterns, attention, equivariance',
     'recipe': "list or print training settings of the papers, for timm's train.py",
     'sweep': 'evaluate models on images of several sizes',
 }

@@ -101,7 +101,8 @@ def test_distance_and_entropy_of_uniform_attention(prefix):
     # the mean over pairs of lattice points, counted by their offsets
     expected = sum(
         (14 - abs(a)) * (14 - abs(b)) * math.hypot(a, b) for a in range(-13, 14) for b in range(-13, 14)) / 196 ** 2
-    torch.testing.assert_close(analysis.mean_distance(each), torch.full((3,), 16 * expected).double(), rtol=1e-6, atol=0)
+    distance = torch.full((3,), 16 * expected).double()
+    torch.testing.assert_close(analysis.mean_distance(each), distance, rtol=1e-6, atol=0)
     torch.testing.assert_close(
         analysis.mean_entropy(each), torch.full((3,), math.log(tokens)).double(), rtol=1e-6, atol=0)
 

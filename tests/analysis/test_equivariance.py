@@ -1,4 +1,4 @@
-"""Errors of equivariance: 0 for relative encodings, along the promised axis for spherical, and not 0 where they lack."""
+"""Errors of equivariance: 0 where an encoding promises it, along one axis or both, and not 0 elsewhere."""
 import math
 
 import pytest
@@ -16,9 +16,10 @@ def turn_of(encoding, **kwargs):
 @pytest.mark.parametrize('encoding', sorted(ENCODINGS))
 def test_errors_are_what_the_encoding_promises(encoding):
     turn = turn_of(encoding)
-    error = analysis.rotation_error(analysis.rotation_matrices(turn, (4, 5)), (4, 5))
-    along_rows = analysis.score_shift_error(turn, (2, 0))
-    along_columns = analysis.score_shift_error(turn, (0, 2))
+    matrices = analysis.rotation_matrices(turn, (4, 5))
+    error = analysis.rotation_error(matrices, (4, 5))
+    along_rows = analysis.score_shift_error(matrices, (4, 5), (2, 0))
+    along_columns = analysis.score_shift_error(matrices, (4, 5), (0, 2))
     assert ((error >= 0) & (error <= 1)).all()
     relative = ENCODINGS[encoding].relative
     if relative == 'xy':
@@ -34,8 +35,8 @@ def test_errors_are_what_the_encoding_promises(encoding):
 def test_relative_rotations_by_hand():
     """Two patches in a row and two below, turned by angles: the variance within an offset over all of it."""
     angles = torch.tensor([0., 1., 0.5, 2.]).double()  # the step to the right is 1 in one row and 1.5 in the other
-    matrices = torch.stack((
-        torch.stack((angles.cos(), -angles.sin()), -1), torch.stack((angles.sin(), angles.cos()), -1)), -2)[None, :, None]
+    rows = torch.stack((angles.cos(), -angles.sin()), -1), torch.stack((angles.sin(), angles.cos()), -1)
+    matrices = torch.stack(rows, -2)[None, :, None]
     relative = {}
     everything = []
     for i in range(4):
@@ -75,17 +76,19 @@ def test_images_are_moved_by_patches():
     assert torch.equal(shuffled, analysis.shuffle_patches(images, (4, 2), seed=3))
     with pytest.raises(ValueError, match=r'multiple of the patch \(3, 2\), got 8x12'):
         analysis.shuffle_patches(images, (3, 2))
-    with pytest.raises(ValueError, match=r'shift must be \(rows, columns\) from 0'):
-        analysis.score_shift_error(turn_of('axial'), (-1, 0))
+    for shift in ((-1, 0), (3, 0), (2, 1)):
+        with pytest.raises(ValueError, match=r'shift must be \(rows, columns\) from 0 that leaves two patches'):
+            analysis.score_shift_error(analysis.rotation_matrices(turn_of('axial'), (3, 2)), (3, 2), shift)
 
 
 def test_logits_without_positions_do_not_change():
     images = torch.randn(3, 3, 32, 32)
     still = tiny.make(rope_encoding='none', global_pool='avg', class_token=False, pos_embed='none')
     turned = tiny.make(rope_encoding='mixed', global_pool='avg', class_token=False)
-    assert analysis.logit_shift_error(still, images, (1, 2), (8, 8)) < 1e-5
-    assert analysis.logit_shift_error(turned, images, (1, 2), (8, 8)) > 1e-2
-    assert analysis.logit_shift_error(turned, images, (4, 4), (8, 8)) == 0, 'once around'
+    shifts = [(1, 2), (0, 3), (4, 4)]
+    assert analysis.logit_shift_error(still, images, shifts, (8, 8)).max() < 1e-5
+    changes = analysis.logit_shift_error(turned, images, shifts, (8, 8))
+    assert changes[:2].min() > 1e-2 and changes[2] == 0, 'the last is once around'
 
 
 def test_reconstruction():

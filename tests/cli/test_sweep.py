@@ -21,8 +21,8 @@ from timm.data import ImageDataset
 from timm.models import load_checkpoint, save_for_hf
 
 from timm_rope.__main__ import main
+from timm_rope.cli._models import load, parse_source
 from timm_rope.cli.sweep import evaluate
-from timm_rope.cli.sweep.models import load, parse_source
 from timm_rope.cli.sweep.views import write_plot
 
 CLASSES, PER_CLASS = 7, 8

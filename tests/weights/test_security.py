@@ -18,8 +18,8 @@ from hub_server import HubServer
 from safetensors.torch import save, save_file
 from tiny import TINY, make
 
+from timm_rope.cli._models import load, parse_source
 from timm_rope.cli.convert.command import convert
-from timm_rope.cli.sweep.models import load, parse_source
 from timm_rope.weights.files import read_weights
 
 NAME = 'vit_tiny_rope_mixed'

@@ -5,7 +5,7 @@
     logged = analysis.frequency_summary(model)            # a flat dict for wandb or tensorboard
 
 In come models (ours, and timm's own where the quantity has a meaning), images or tensors; out come tensors on the
-device they were computed on. Shapes: B images, L layers, H heads, N tokens, G groups of channels, b channels of a group.
+device they were computed on. Shapes: B images, L layers, H heads, N tokens, G groups of channels, b channels a group.
 """
 from .attention import AttentionMap as AttentionMap
 from .attention import attention_maps as attention_maps
@@ -24,11 +24,12 @@ from .fourier import reconstruct as reconstruct
 from .fourier import ssim as ssim
 from .fourier import test_pattern as test_pattern
 from .frequencies import commutator_ratio as commutator_ratio
+from .frequencies import directed_waves as directed_waves
 from .frequencies import frequency_summary as frequency_summary
 from .frequencies import isotropy as isotropy
 from .frequencies import spectrum as spectrum
 from .frequencies import wave_vectors as wave_vectors
 from .turns import Turn as Turn
 from .turns import generators as generators
-from .turns import rotation_matrices as rotation_matrices
 from .turns import rotary_layers as rotary_layers
+from .turns import rotation_matrices as rotation_matrices

@@ -137,7 +137,7 @@ def _described(model: nn.Module, attn: nn.Module, name: str, found: Dict[str, An
         patch = (patch[0] << int(stage[1]), patch[1] << int(stage[1]))
     tokens, window = weights.shape[-1], getattr(attn, 'window_size', None)
     prefix = 0 if window is not None else int(getattr(model, 'num_prefix_tokens', 0))
-    rows, columns = window if window is not None else (-(-images.shape[-2] // patch[0]), -(-images.shape[-1] // patch[1]))
+    rows, columns = [-(-side // each) for side, each in zip(images.shape[-2:], patch)] if window is None else window
     if rows * columns + prefix != tokens:
         raise ValueError(
             f'{name} attends to {tokens} tokens, which are not {prefix} and a grid of {rows} x {columns} patches.')

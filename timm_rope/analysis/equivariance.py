@@ -3,7 +3,7 @@
 In come rotation matrices of `rotation_matrices`, or a model and its images; out come errors without a unit, 0 where
 only offsets matter.
 """
-from typing import Tuple
+from typing import Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -59,28 +59,29 @@ def rotation_error(matrices: Tensor, grid: Grid) -> Tensor:
     return torch.where(total > 0, within / total, 0.)
 
 
-def score_shift_error(turn: Turn, shift: Tuple[int, int], grid: Grid = (7, 7), seed: int = 0) -> Tensor:
+def score_shift_error(matrices: Tensor, grid: Grid, shift: Tuple[int, int], seed: int = 0) -> Tensor:
     """How much the scores of random queries and keys change when all positions move by whole patches.
 
-    The norm of the change over that of the scores around their mean.
+    The norm of the change over that of the scores around their mean, for as many patches as have their place in the
+    grid before and after.
 
     Args:
-        turn: One of `rotary_layers`.
+        matrices: (H, N, G, b, b).
+        grid: (rows, columns), N = rows * columns.
         shift: (rows, columns) by which the positions move.
-        grid: (rows, columns) of the patches.
         seed: Of the queries and keys.
 
     Returns:
-        (H or 1,), 0 for an equivariant encoding.
+        (H,), 0 for an equivariant encoding.
 
     Raises:
-        ValueError: A shift is negative.
+        ValueError: The shift is negative, or leaves less than two patches in the grid.
     """
-    if min(shift) < 0:
-        raise ValueError(f'shift must be (rows, columns) from 0, got {shift}.')
-    canvas = grid[0] + shift[0], grid[1] + shift[1]
-    matrices = rotation_matrices(turn, canvas).unflatten(1, canvas)
-    here = matrices[:, :grid[0], :grid[1]].flatten(1, 2)
+    rows, columns = grid[0] - shift[0], grid[1] - shift[1]
+    if min(shift) < 0 or min(rows, columns) < 1 or rows * columns < 2:
+        raise ValueError(f'shift must be (rows, columns) from 0 that leaves two patches in {grid}, got {shift}.')
+    matrices = matrices.unflatten(1, grid)
+    here = matrices[:, :rows, :columns].flatten(1, 2)
     there = matrices[:, shift[0]:, shift[1]:].flatten(1, 2)
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, *here.shape[:-1], generator=generator, dtype=torch.float64).to(here)
@@ -94,7 +95,12 @@ def score_shift_error(turn: Turn, shift: Tuple[int, int], grid: Grid = (7, 7), s
 
 
 @torch.no_grad()
-def logit_shift_error(model: nn.Module, images: Tensor, shift: Tuple[int, int], patch: Tuple[int, int]) -> Tensor:
+def logit_shift_error(
+        model: nn.Module,
+        images: Tensor,
+        shifts: Sequence[Tuple[int, int]],
+        patch: Tuple[int, int],
+) -> Tensor:
     """How much the logits change when the images are moved around by whole patches.
 
     The norm of the change over that of the logits around the mean of the images and classes. What leaves at one side
@@ -103,14 +109,15 @@ def logit_shift_error(model: nn.Module, images: Tensor, shift: Tuple[int, int], 
     Args:
         model: In the mode it is to be measured in.
         images: (B, C, H, W).
-        shift: (rows, columns) of patches.
+        shifts: (rows, columns) of patches, each by itself.
         patch: (height, width) of a patch in pixels.
 
     Returns:
-        A scalar.
+        (shifts,).
     """
-    before, after = model(images), model(shift_patches(images, shift, patch))
-    return (after - before).norm() / (before - before.mean()).norm()
+    before = model(images)
+    changes = [(model(shift_patches(images, shift, patch)) - before).norm() for shift in shifts]
+    return torch.stack(changes) / (before - before.mean()).norm()
 
 
 def shift_patches(images: Tensor, shift: Tuple[int, int], patch: Tuple[int, int]) -> Tensor:

@@ -75,6 +75,26 @@ def spectrum(a: Tensor, angles: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(1j * step).flip(-1)[..., :a.shape[-1] // 2].clamp(min=0)
 
 
+def directed_waves(a: Tensor, directions: int = 24) -> Tensor:
+    """Points for a scatter plot: the waves of a block, as vectors.
+
+    Of pairs, their wave vectors. Of larger groups, which have no wave vector, the frequencies of a step in each
+    direction, drawn along that direction: a group that turns alike in all directions is a circle.
+
+    Args:
+        a: Generators of a block, (H, G, 2, b, b), of `generators`.
+        directions: How many, evenly spread over a turn.
+
+    Returns:
+        (points, 2), radians per patch, x first.
+    """
+    if a.shape[-1] == 2:
+        return _waves(a).flatten(0, 1)
+    angles = torch.arange(directions, dtype=a.dtype, device=a.device) * (2 * math.pi / directions)
+    along = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    return (spectrum(a, angles)[..., None] * along[:, None]).flatten(0, -2)
+
+
 def commutator_ratio(a: Tensor) -> Tensor:
     """||A_x A_y - A_y A_x||_F / (||A_x||_F ||A_y||_F): 0 where scores depend on offsets alone, at most sqrt(2).
 

@@ -76,9 +76,8 @@ def rotation_matrices(turn: Turn, grid: Optional[Grid] = None) -> Tensor:
     grid = turn.grid if grid is None else to_grid(grid, 'grid')
     if not isinstance(turn.rope, RotaryEncoding):
         return _turned_by(_angles(turn, grid))
-    rope = _double(turn.rope)
-    payload = rope(grid)[turn.index if turn.rope.depth > 1 else 0]
-    return _matrices(rope, payload)
+    rope = _layer_of(turn)
+    return _matrices(rope, rope(grid)[0])
 
 
 @torch.no_grad()
@@ -103,26 +102,27 @@ def generators(turn: Turn) -> Tensor:
         steps = torch.remainder(steps + math.pi, 2 * math.pi) - math.pi
         zero = torch.zeros_like(steps)
         return torch.stack((torch.stack((zero, -steps), -1), torch.stack((steps, zero), -1)), -2)
-    rope = _double(turn.rope)
+    rope = _layer_of(turn)
     rows, columns = [max(2, round(side)) for side in rope.reference_grid.tolist()]
     y, x = grid_axes(rows, columns, rope.reference_grid, rope.freqs, rope.coords, rope.span, rope.centered)
-    layer = turn.index if rope.freqs.shape[1] > 1 else 0
-    freqs = rope.frequencies()[:, layer:layer + 1]
-    origin = x.new_zeros(1)
-
-    def at(along: int, by: float) -> Tensor:
-        step = (x[1] - x[0], y[1] - y[0])[along] * by
-        place = (origin + step, origin) if along == 0 else (origin, origin + step)
-        return _matrices(rope, rope.rotation.table(freqs, place[1], place[0])[0])[:, 0]
-
+    freqs = rope.frequencies()
     # the slope at the origin, from four points: exact to 1e-9 of the largest frequency for steps this small
-    h = 1e-3
-    slopes = [(8 * (at(axis, h) - at(axis, -h)) - (at(axis, 2 * h) - at(axis, -2 * h))) / (12 * h) for axis in (0, 1)]
+    h, origin = 1e-3, x.new_zeros(1)
+    places = x.new_tensor([1., -1., 2., -2.]) * h
+    slopes = []
+    for along_x, along_y in (((x[1] - x[0]) * places, origin), (origin, (y[1] - y[0]) * places)):
+        right, left, far_right, far_left = _matrices(rope, rope.rotation.table(freqs, along_y, along_x)[0]).unbind(1)
+        slopes.append((8 * (right - left) - (far_right - far_left)) / (12 * h))
     return torch.stack(slopes, dim=2)
 
 
-def _double(rope: RotaryEncoding) -> RotaryEncoding:
-    return copy.deepcopy(rope).double().eval()
+def _layer_of(turn: Turn) -> RotaryEncoding:
+    """The encoding with one layer, that of the block, in float64."""
+    rope: Any = copy.deepcopy(turn.rope).double().eval()
+    if rope.freqs.shape[1] > 1:  # layers are on axis 1 in every encoding
+        rope.freqs = nn.Parameter(rope.freqs[:, turn.index:turn.index + 1].detach().clone())
+    rope.depth = 1
+    return rope
 
 
 def _matrices(rope: RotaryEncoding, payload: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from timm.data import create_dataset, create_loader, resolve_input_data_config
 from torch import nn
 from tqdm import tqdm
 
-from .models import Subject
+from .._models import Subject
 from .rules import set_rule
 
 Size = Tuple[int, int]

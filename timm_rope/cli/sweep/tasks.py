@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 
 from ..._version import __version__
+from .._models import Source, Subject, load, parse_source
 from .evaluate import Evaluation, Size, open_images
-from .models import Source, Subject, load, parse_source
 from .results import Results
 from .rules import label_of, takes_rules
 

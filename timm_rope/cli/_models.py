@@ -1,4 +1,4 @@
-"""Which models are meant, and how each is loaded: once, with the classes, images and pooling it was trained with."""
+"""Which models a command means, and how each is loaded: once, with the classes, images and pooling of its training."""
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,11 +8,11 @@ import timm
 from timm.models import parse_model_name, resolve_model_input_args
 from torch import Tensor, nn
 
-from ...positions.coordinates import read_grid
-from ...weights.files import read_weights, sha256_of
-from ...weights.layouts.base import unwrap
-from ...weights.origin import training_config
-from ...weights.pretrained import find_weights
+from ..positions.coordinates import read_grid
+from ..weights.files import read_weights, sha256_of
+from ..weights.layouts.base import unwrap
+from ..weights.origin import training_config
+from ..weights.pretrained import find_weights
 
 # arguments of training that say where weights were to come from, or that only the weights can answer
 NOT_OF_THE_MODEL = ('rope_warm_start', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path',
@@ -27,10 +27,12 @@ class Source:
         text: As given.
         name: For timm.create_model.
         checkpoint: Weight file, None if the weights belong to the name.
+        untrained: Take no weights, but those that a model begins with.
     """
     text: str
     name: str
     checkpoint: Optional[Path] = None
+    untrained: bool = False
 
     def sha256(self) -> Optional[str]:
         """Hash of the local files that decide what is evaluated; None for published weights."""
@@ -55,8 +57,10 @@ class Subject:
     data: Dict[str, Any] = field(default_factory=dict)
 
 
-def parse_source(text: str) -> Source:
+def parse_source(text: str, untrained: bool = False) -> Source:
     """Understand NAME, NAME=CHECKPOINT, local-dir:FOLDER or hf-hub:ORG/NAME; nothing is loaded.
+
+    With `untrained`, a NAME means the model as it begins, and need not have published weights.
 
     Raises:
         ValueError: No such model, weights or file; says what would be right.
@@ -84,6 +88,8 @@ def parse_source(text: str) -> Source:
         if not Path(checkpoint).is_file():
             raise ValueError(f'{text!r}: there is no file {checkpoint!r}.')
         return Source(text, name, Path(checkpoint))
+    if untrained:
+        return Source(text, name, untrained=True)
     if cfg is None or not cfg.has_weights:
         # timm would only warn, and evaluate random weights
         raise ValueError(f'no weights of {name!r} are published: name yours as {name}=CHECKPOINT.')
@@ -101,7 +107,8 @@ def load(source: Source, model_kwargs: Dict[str, Any], use_ema: bool) -> Subject
         RuntimeError: They do not fit the model.
     """
     if source.checkpoint is None:
-        return Subject(source, timm.create_model(source.name, pretrained=True, **model_kwargs).eval())
+        pretrained = not source.untrained
+        return Subject(source, timm.create_model(source.name, pretrained=pretrained, **model_kwargs).eval())
     weights, average, extra = unwrap(read_weights(source.checkpoint))
     if use_ema:
         if not average:
