@@ -35,7 +35,8 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     parser.add_argument('--tasks', nargs='+', default=['direction', 'digits'], metavar='NAME',
-                        choices=['direction', 'digits', 'fashion'], help='some of direction, digits, fashion (default: direction digits)')
+                        choices=['direction', 'digits', 'fashion'],
+                        help='some of direction, digits, fashion (default: direction digits)')
     parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=['ape', 'none', *ENCODINGS],
                         metavar='NAME', help=f"encodings, 'ape' and 'none' (default: {' '.join(METHODS)})")
     parser.add_argument('--seeds', type=integer_from(1), default=2, metavar='N', help='runs of each (default: 2)')

@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='images for attention and logits (default: a picture of our own)')
     parser.add_argument('--limit', type=integer_from(1), default=8, metavar='N',
                         help='images of the folder that are used (default: 8)')
+    parser.add_argument('--dpi', type=integer_from(20), default=110, metavar='N',
+                        help='dots per inch of a PNG (default: 110)')
     parser.add_argument('--use-ema', action='store_true', help='averaged weights of the checkpoints')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
                         help='constructor arguments of all models, before those that a checkpoint tells')
@@ -113,7 +115,7 @@ def write(args: argparse.Namespace, kinds: List[str], values: List[Dict[str, Val
 
     names = [f'{text} (untrained)' if args.untrained else text for text in args.models]
     picture = io.BytesIO()
-    figure_of(kinds, names, values).savefig(picture, format=args.output.suffix[1:], dpi=110)
+    figure_of(kinds, names, values).savefig(picture, format=args.output.suffix[1:], dpi=args.dpi)
     models = [dict(model=text, untrained=args.untrained, values=each) for text, each in zip(args.models, values)]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator='\n')
