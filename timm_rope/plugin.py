@@ -15,7 +15,7 @@ import sys
 import warnings
 from importlib import import_module
 
-MIN_TIMM = (1, 0, 31)
+MIN_TIMM = (1, 0, 20)
 TARGET = 'timm.models'
 MODEL_MODULES = ('timm_rope.models.rope_vit', 'timm_rope.models.rope_swin')
 

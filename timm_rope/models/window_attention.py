@@ -8,10 +8,11 @@ from typing import Any, Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
-from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 from torch.jit import Final
 
+from .._timm import WindowAttention
 from ..encodings import RotaryEncoding
 from ..kernels import owned, rotate, unpack
 
