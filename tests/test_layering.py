@@ -100,7 +100,7 @@ def test_every_encoding_explains_itself(name):
 
 # -- sizes: the package grows by files and rooms, not by floors
 
-ROOM = dict(positions=350, rotations=700, encodings=1700, models=1600, kernels=1700, weights=2100, cli=2950)
+ROOM = dict(_timm=480, positions=350, rotations=700, encodings=1700, models=1600, kernels=1700, weights=2100, cli=2950)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 
 
@@ -127,4 +127,4 @@ def test_no_room_is_crowded():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
     assert core <= 4200, f'{", ".join(CORE)} have {core} lines together, the bound is 4200'
-    assert lines_of(*FILES) <= 11200, f'the package has {lines_of(*FILES)} lines, the bound is 11200'
+    assert lines_of(*FILES) <= 11700, f'the package has {lines_of(*FILES)} lines, the bound is 11700'
