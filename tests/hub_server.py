@@ -197,7 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.error(401, 'GatedRepo')
         commit = repo.refs.get(revision, revision)
         if commit not in repo.commits:
-            return self.error(404, 'RevisionNotFound')
+            # a repository without a commit of ours still has the one it was created with
+            return self.error(404, 'EntryNotFound' if revision == 'main' else 'RevisionNotFound')
         data = repo.commits[commit].get(path)
         if data is None:
             return self.error(404, 'EntryNotFound', X_Repo_Commit=commit)

@@ -89,9 +89,11 @@ def test_timm_eva(kind, ape, convert):
 @pytest.mark.parametrize('config', [True, False])
 def test_timm_vision_transformer(name, args, config, convert):
     torch.manual_seed(0)
+    extra = []
+    if config and {'in_chans', 'img_size'} & set(args) and not hasattr(timm.models, 'get_model_args'):
+        pytest.skip('before 1.0.31, config.json does not say what images a model takes')
     args = {**SIZES, **args}
     theirs = timm.create_model(name, **args).eval()
-    extra = []
     if config:
         source = 'theirs'
         save_for_hf(theirs, source, safe_serialization=True, model_args=args)

@@ -339,7 +339,7 @@ def test_rules_in_windows(data, tmp_path):
 
 def test_a_rule_goes_before_that_of_the_checkpoint(data, tmp_path):
     built = dict(rope_scaling='interpolate', rope_log_n=True)
-    source = save(tmp_path / 'w.pth', 'vit_tiny_rope_mixed', 48, model_kwargs=built)
+    source = save(tmp_path / 'w.pth', 'vit_tiny_rope_mixed', 48, 1, model_kwargs=built)
     for given, rule, options in (([], None, built), (['--rope-scaling', 'yarn'], 'yarn', RULES['yarn'])):
         file = tmp_path / f'{rule}.json'
         assert sweep(data, source, '--sizes', '96', '--results', file, *given) == 0

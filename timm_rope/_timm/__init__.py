@@ -8,6 +8,7 @@ Not bridged, since it is timm's and not our models': timm's own `save_for_hf` an
 a model from 1.0.31 on (before, give them `model_args`, or take those of this module), its readers refuse pickles with
 code in them from 1.0.26 on, and Swin's `prune_intermediate_layers` fits head and norm to what is left from 1.0.31 on.
 """
+from .creation import args_of_config as args_of_config
 from .creation import create_without_memory as create_without_memory
 from .creation import keep_channels as keep_channels
 from .creation import push_to_hf_hub as push_to_hf_hub

@@ -7,6 +7,7 @@ import timm.layers
 import timm.models
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
 from ._common import LinspaceOnCpu, takes
@@ -38,6 +39,18 @@ def record_model_args(model: Any, args: Dict[str, Any]) -> None:
     if not hasattr(timm.models, 'get_model_args'):
         runtime = ('device', 'dtype', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')
         model._model_args = {key: value for key, value in args.items() if key not in runtime}
+
+
+def args_of_config(kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments that a config.json, not the caller, gave to a model; before, timm mixed them with the caller's."""
+    cfg = kwargs.get('pretrained_cfg')
+    if hasattr(timm.models, 'get_model_args') or not isinstance(cfg, dict):
+        return kwargs.get('pretrained_model_args') or {}
+    if cfg.get('source') == 'local-dir':
+        return load_model_config_from_path(cfg['file'])[2] or {}
+    if cfg.get('source') == 'hf-hub':
+        return load_model_config_from_hf(cfg['hf_hub_id'], kwargs.get('cache_dir'))[2] or {}
+    return {}
 
 
 def save_for_hf(model: Any, folder: Any, **kwargs: Any) -> Any:

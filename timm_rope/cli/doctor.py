@@ -134,7 +134,7 @@ def find_problems(facts: Dict[str, Any]) -> List[str]:
         old = plugin.too_old(name, versions[name] or '', least, facts['files'].get(name))
         if old:
             problems.append(f'{old}.')
-    problems += _shadow()
+    problems += [] if old else _shadow()  # timm is the last of the two
     if not problems and facts['error']:
         problems.append(f'`import timm` fails, repair the installation of torch and timm: {facts["error"]}')
 

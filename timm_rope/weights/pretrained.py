@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_
 from torch import Tensor, nn
 
 from .._checks import check_flag
-from .._timm import keep_channels, record_model_args
+from .._timm import args_of_config, keep_channels, record_model_args
 from .files import is_safetensors, read_weights
 from .hub import HubError, fetch
 from .hub_cache import verify, verify_cached
@@ -54,7 +54,7 @@ def build(
         ValueError: `rope_warm_start` without weights, or not asked for by the caller; see also `PretrainedSource`.
         RuntimeError: The weights do not fit; see `PretrainedSource` and `fit`.
     """
-    if 'rope_warm_start' in (kwargs.get('pretrained_model_args') or {}):
+    if 'rope_warm_start' in args_of_config(kwargs):
         raise ValueError('rope_warm_start in the model_args of a config.json: only the caller may ask for it.')
     warm_start = check_flag(kwargs.pop('rope_warm_start', False), 'rope_warm_start')
     if warm_start and not pretrained:
