@@ -101,7 +101,7 @@ class HubServer:
 
     def serve(self, monkeypatch: Any, cache: Any) -> 'HubServer':
         """Point huggingface_hub, in this process, at this server and at a cache folder; its back-off takes no time."""
-        from huggingface_hub import constants
+        from huggingface_hub import constants, hf_api
 
         for name, value in {
             'ENDPOINT': self.url,
@@ -112,6 +112,7 @@ class HubServer:
             'HF_TOKEN_PATH': str(cache / 'token'),
         }.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, 'endpoint', self.url)  # behind the functions that timm 1.0.20 calls
         for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN'):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr('time.sleep', lambda seconds: None)
@@ -196,7 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.error(401, 'GatedRepo')
         commit = repo.refs.get(revision, revision)
         if commit not in repo.commits:
-            return self.error(404, 'RevisionNotFound')
+            # a repository without a commit of ours still has the one it was created with
+            return self.error(404, 'EntryNotFound' if revision == 'main' else 'RevisionNotFound')
         data = repo.commits[commit].get(path)
         if data is None:
             return self.error(404, 'EntryNotFound', X_Repo_Commit=commit)

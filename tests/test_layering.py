@@ -15,6 +15,7 @@ ALLOWED = {
     '_version': set(),
     '_checks': set(),
     '_tracing': set(),
+    '_timm': set(),
     '_precision': {'_tracing'},
     'plugin': set(),
     'positions': {'_precision'},
@@ -22,10 +23,11 @@ ALLOWED = {
     'encodings': {'positions', 'rotations', '_checks', '_tracing'},
     'kernels': {'rotations', '_precision', '_tracing'},
     'analysis': {'encodings', 'positions'},
-    'weights': {'encodings', 'positions', '_checks', '_version'},
-    'models': {'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_tracing'},
-    'cli': {'analysis', 'models', 'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_version',
-            'plugin'},
+    'weights': {'encodings', 'positions', '_checks', '_timm', '_version'},
+    'models': {'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_timm', '_tracing'},
+    'cli': {
+        'analysis', 'models', 'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_timm',
+        '_version', 'plugin'},
     '__main__': {'cli', '_version'},
     '__init__': {'models', 'encodings', 'plugin', '_version'},
 }
@@ -100,7 +102,8 @@ def test_every_encoding_explains_itself(name):
 # -- sizes: the package grows by files and rooms, not by floors
 
 ROOM = dict(
-    analysis=800, positions=350, rotations=700, encodings=1700, models=1720, kernels=1700, weights=2100, cli=3700)
+    _timm=480, analysis=800, positions=350, rotations=700, encodings=1700, models=1720, kernels=1700, weights=2100,
+    cli=3700)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 
 
@@ -127,4 +130,4 @@ def test_no_room_is_crowded():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
     assert core <= 4320, f'{", ".join(CORE)} have {core} lines together, the bound is 4320'
-    assert lines_of(*FILES) <= 12800, f'the package has {lines_of(*FILES)} lines, the bound is 12800'
+    assert lines_of(*FILES) <= 13300, f'the package has {lines_of(*FILES)} lines, the bound is 13300'

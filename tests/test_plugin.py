@@ -12,7 +12,6 @@ import pytest
 from fresh_python import HIDE, our_warnings, run_python, write_timm
 
 from timm_rope import plugin
-from timm_rope.cli import doctor
 
 ENCODINGS = ('axial', 'axial_learned', 'mixed', 'spherical', 'spherical_learned', 'uniform', 'liere', 'spiral')
 SIZES = ('tiny', 'small', 'base', 'large')
@@ -193,7 +192,7 @@ found = dict(same=type(timm.create_model({ANY!r}, device='meta')) is RopeVisionT
     found, stderr = run_python(tmp_path, '-c', script + REPORT)
     assert PROMISED <= ours(found['models'])
     assert found['same']
-    assert stderr == ''
+    assert 'timm_rope' not in stderr  # timm before 1.0.26 warns of torch.jit
 
 
 # -- where it cannot work: one warning, and torch and timm are as usable as without us
@@ -219,7 +218,8 @@ def test_too_old_timm_is_one_warning_with_both_versions(tmp_path, version, torch
         tmp_path, '-c', 'import timm, json; print(json.dumps(timm.models.__name__))', PYTHONPATH=tmp_path)
     assert found == 'timm.models'
     warning, = our_warnings(stderr)
-    assert 'timm>=1.0.31 is needed' in warning and f'found {version}' in warning
+    assert f'timm>=1.0.20 is needed, found {version} in {tmp_path / "timm"}' in warning
+    assert 'git pull' in warning and 'pip install -U' not in warning
 
 
 BROKEN = '''
@@ -325,7 +325,26 @@ def test_torchrun_ranks_find_the_models(tmp_path):
 def test_least_versions_are_those_of_the_metadata():
     needs = metadata.requires('timm_rope')
     assert f'timm>={".".join(map(str, plugin.MIN_TIMM))}' in needs
-    assert f'torch>={".".join(map(str, doctor.MIN_TORCH))}' in needs
+    assert f'torch>={".".join(map(str, plugin.MIN_TORCH))}' in needs
+
+
+@pytest.mark.parametrize('version, file, words', [
+    ('1.0.19', '/env/lib/python3.11/site-packages/timm/version.py',
+     'found 1.0.19 in /env/lib/python3.11/site-packages/timm: run `pip install -U timm`'),
+    ('1.0.19', None, 'found 1.0.19: run `pip install -U timm`'),
+    ('1.0.19', '/src/timm/version.py', 'found 1.0.19 in /src/timm, a folder that Python finds before any installed'),
+    ('1.0.20', '/src/timm/version.py', ''), ('1.0.32.dev0', None, ''), ('unknown', None, ''),
+])
+def test_what_to_do_about_an_old_version(version, file, words):
+    problem = plugin.too_old('timm', version, (1, 0, 20), file)
+    assert words in problem and bool(problem) == bool(words)
+
+
+def test_old_torch_is_one_warning(monkeypatch):
+    monkeypatch.setattr('torch.version.__version__', '2.4.1+cu121')
+    monkeypatch.setattr(plugin, 'status', plugin.status)
+    with pytest.warns(RuntimeWarning, match='not registered.*torch>=2.5 is needed, found 2.4.1'):
+        plugin.register()
 
 
 @pytest.mark.parametrize('version, release', [

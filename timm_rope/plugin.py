@@ -14,8 +14,10 @@ import re
 import sys
 import warnings
 from importlib import import_module
+from typing import Optional
 
-MIN_TIMM = (1, 0, 31)
+MIN_TIMM = (1, 0, 20)
+MIN_TORCH = (2, 5)  # the first one that runs the entry points of torch.backends
 TARGET = 'timm.models'
 MODEL_MODULES = ('timm_rope.models.rope_vit', 'timm_rope.models.rope_swin')
 
@@ -54,16 +56,37 @@ def register() -> None:
     """Import the modules whose entry points register our models. Any failure becomes one warning."""
     global status
     try:
-        version = import_module('timm.version').__version__
-        if release(version) < MIN_TIMM:
-            needed = '.'.join(map(str, MIN_TIMM))
-            raise RuntimeError(f'timm>={needed} is needed, found {version}: run `pip install -U timm`')
+        for name, module, least in (('torch', 'torch.version', MIN_TORCH), ('timm', 'timm.version', MIN_TIMM)):
+            found = import_module(module)
+            problem = too_old(name, found.__version__, least, found.__file__)
+            if problem:
+                raise RuntimeError(problem)
         for name in MODEL_MODULES:
             import_module(name)
         status = 'registered'
     except Exception as error:
         status = f'failed: {type(error).__name__}: {error}'
         _warn(f'the rotary models were not registered with timm: {type(error).__name__}: {error}')
+
+
+def too_old(name: str, version: str, least: tuple, file: Optional[str]) -> str:
+    """What to do about a version that is too old, '' if it is not.
+
+    Args:
+        name: Of the package.
+        version: Found.
+        least: Release that is needed.
+        file: Of a module of the package, which tells an installed one from a folder that hides it; None if unknown.
+    """
+    if not release(version) or release(version) >= least:
+        return ''
+    problem = f'{name}>={".".join(map(str, least))} is needed, found {version}'
+    folder = os.path.dirname(os.path.abspath(file)) if file else ''
+    if not folder or re.search(r'(site|dist)-packages', folder):
+        return f'{problem}{f" in {folder}" if folder else ""}: run `pip install -U {name}`'
+    return (
+        f'{problem} in {folder}, a folder that Python finds before any installed {name}: `pip install` does not help, '
+        f'update it (`git pull`), or run the script from where no folder {name}/ lies beside it')
 
 
 def opted_out() -> bool:

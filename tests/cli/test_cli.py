@@ -124,19 +124,29 @@ def test_doctor_tells_a_timm_that_is_too_old(lines, monkeypatch, tmp_path):
     status, out = lines('doctor')
     assert status == 1
     assert out['timm'] == '0.9.16'
-    assert [line for line in out if line.startswith('- ')] == [
-        '- timm 0.9.16 is too old, >=1.0.31 is needed: run `pip install -U timm`.']
+    [problem] = [line for line in out if line.startswith('- ')]
+    assert problem.startswith(f'- timm>=1.0.20 is needed, found 0.9.16 in {tmp_path / "timm"}, a folder that')
+
+
+def test_doctor_tells_a_checkout_of_timm_that_hides_the_installed_one(lines, monkeypatch, tmp_path):
+    write_timm(tmp_path, '1.0.19')
+    monkeypatch.chdir(tmp_path)
+    status, out = lines('doctor')
+    assert status == 1
+    [problem] = [line for line in out if line.startswith('- ')]
+    assert problem.startswith('- in scripts of this folder, timm>=1.0.20 is needed, found 1.0.19 in ')
+    assert f'{tmp_path / "timm"}, a folder that' in problem
 
 
 HEALTHY = dict(
-    versions=dict.fromkeys((*doctor.PACKAGES, 'timm_rope'), '99.0'), location='', entry_point=True, autoloaded=60,
-    models=60, status='registered', device='cpu', error='', build_error='', kernels='inplace', kernel_error='',
-    child_error='')
+    versions=dict.fromkeys((*doctor.PACKAGES, 'timm_rope'), '99.0'), files={}, location='', entry_point=True,
+    autoloaded=60, models=60, status='registered', device='cpu', error='', build_error='', kernels='inplace',
+    kernel_error='', child_error='')
 
 
 @pytest.mark.parametrize('facts, problem', [
     (dict(versions={**HEALTHY['versions'], 'safetensors': None}), 'safetensors is not installed: run `pip install'),
-    (dict(versions={**HEALTHY['versions'], 'torch': '2.4.1+cu121'}), 'torch 2.4.1+cu121 is too old, >=2.5 is needed'),
+    (dict(versions={**HEALTHY['versions'], 'torch': '2.4.1+cu121'}), 'torch>=2.5 is needed, found 2.4.1+cu121: run'),
     (dict(autoloaded=0, error='RuntimeError: operator torchvision::nms does not exist'), 'torchvision::nms'),
     (dict(autoloaded=0, entry_point=False), 'pip install --force-reinstall timm_rope'),
     (dict(autoloaded=0, models=0, status='failed: ImportError: no name x'), 'failed: ImportError: no name x'),

@@ -10,6 +10,7 @@ import torch
 from converting import CASES, SIZES, agree, load, naver, refused, save_torch
 from huggingface_hub import ModelCard
 
+from timm_rope._timm import save_for_hf
 from timm_rope.cli.convert.architecture import match
 from timm_rope.encodings._signature import read_signature
 from timm_rope.models.rope_vit import MODEL_ARGS
@@ -170,7 +171,7 @@ def test_image_size(convert):
 
 def test_a_config_does_not_resize_the_position_embedding(convert):
     model = timm.create_model('vit_tiny_rope_mixed_ape', **SIZES)
-    timm.models.save_for_hf(model, 'saved', safe_serialization=True)
+    save_for_hf(model, 'saved', safe_serialization=True)
     config = json.loads(Path('saved/config.json').read_text())
     config['model_args']['img_size'] = 64
     Path('saved/config.json').write_text(json.dumps(config))
@@ -188,7 +189,7 @@ def test_data_config(convert):
     assert status == 0 and 'assumed            mean' not in out and 'assumed            heads' not in out
     assert json.loads(Path('out/config.json').read_text())['pretrained_cfg']['license'] == 'mit'
     assert ModelCard.load('out/README.md').data.license == 'mit'
-    timm.models.save_for_hf(load(), 'again', safe_serialization=True, model_config=dict(label_names=list('abcde')))
+    save_for_hf(load(), 'again', safe_serialization=True, model_config=dict(label_names=list('abcde')))
     assert convert('again', 'copy')[0] == 0
     copied = json.loads(Path('copy/config.json').read_text())
     assert copied['pretrained_cfg']['mean'] == [.5, .5, .5] and copied['label_names'] == list('abcde')
@@ -237,8 +238,9 @@ def test_bad_configs(text, words, convert):
 
 
 def test_a_rotation_that_is_not_ours_is_refused(convert):
-    theirs = timm.create_model('vit_small_patch16_rope_224', **SIZES, rope_grid_indexing='ij')
-    timm.models.save_for_hf(theirs, 'theirs', safe_serialization=True)
+    args = dict(SIZES, rope_grid_indexing='ij')
+    theirs = timm.create_model('vit_small_patch16_rope_224', **args)
+    save_for_hf(theirs, 'theirs', safe_serialization=True, model_args=args)
     config = json.loads(Path('theirs/config.json').read_text())
     assert config['model_args']['rope_grid_indexing'] == 'ij'
     refused(convert, ['whose rotation no model of this version computes'], 'theirs', 'out')

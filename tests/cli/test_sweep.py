@@ -84,13 +84,17 @@ def rows_of(path):
 def images_at(folder, size, crop_pct=1., mean=MEAN, std=STD):
     """Images (N, 3, height, width) and labels: enlarged to cover size / crop_pct, the middle of it, normalised."""
     images, labels = [], []
+    resampling = Image.Resampling.BICUBIC
+    if size[0] != size[1]:  # before 1.0.31, timm takes the default of a class of its own there
+        resize = timm.data.create_transform((3, *size), interpolation='bicubic').transforms[0]
+        resampling = Image.Resampling[getattr(resize.interpolation, 'value', resize.interpolation).upper()]
     target = [math.floor(side / crop_pct) for side in size]
     for path in sorted((folder / 'val').glob('*/*.png')):
         image = Image.open(path).convert('RGB')
         factor = max(target[0] / image.height, target[1] / image.width)
         # torchvision truncates the longer side, timm rounds
         longer = math.floor if size[0] == size[1] else round
-        image = image.resize([longer(side * factor + 1e-9) for side in image.size], Image.Resampling.BICUBIC)
+        image = image.resize([longer(side * factor + 1e-9) for side in image.size], resampling)
         top, left = round((image.height - size[0]) / 2), round((image.width - size[1]) / 2)
         pixels = torch.from_numpy(np.array(image)[top:top + size[0], left:left + size[1]]).permute(2, 0, 1) / 255
         images.append((pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
@@ -335,7 +339,7 @@ def test_rules_in_windows(data, tmp_path):
 
 def test_a_rule_goes_before_that_of_the_checkpoint(data, tmp_path):
     built = dict(rope_scaling='interpolate', rope_log_n=True)
-    source = save(tmp_path / 'w.pth', 'vit_tiny_rope_mixed', 48, model_kwargs=built)
+    source = save(tmp_path / 'w.pth', 'vit_tiny_rope_mixed', 48, 1, model_kwargs=built)
     for given, rule, options in (([], None, built), (['--rope-scaling', 'yarn'], 'yarn', RULES['yarn'])):
         file = tmp_path / f'{rule}.json'
         assert sweep(data, source, '--sizes', '96', '--results', file, *given) == 0

@@ -17,6 +17,7 @@ from tiny import make
 from torch import nn
 
 import timm_rope
+from timm_rope._timm import save_for_hf
 from timm_rope.models.norms import SpiralRmsNorm, get_norm
 from timm_rope.models.vit import RopeVisionTransformer
 
@@ -386,7 +387,7 @@ def test_round_trip_through_a_folder(options, tmp_path):
     with torch.no_grad():
         for norm in norms_of(model).values():
             norm.weight.normal_()
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    save_for_hf(model, tmp_path, safe_serialization=True)
     recorded = json.loads((tmp_path / 'config.json').read_text())['model_args']
     assert {k: recorded[k] for k in options} == options
     other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()

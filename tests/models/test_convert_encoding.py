@@ -14,6 +14,7 @@ from torch import nn
 
 import timm_rope
 from timm_rope import convert_encoding
+from timm_rope._timm import save_for_hf
 from timm_rope.encodings import ENCODINGS
 from timm_rope.encodings._saved import read_encoding
 from timm_rope.encodings._signature import read_signature
@@ -359,7 +360,7 @@ def test_saved_under_the_name_of_the_new_architecture(source, kwargs, target, op
     model.reset_classifier(3, 'avg')
     converted = convert_encoding(model, target, **options)
     assert converted.pretrained_cfg['architecture'] == name and converted.default_cfg is converted.pretrained_cfg
-    timm.models.save_for_hf(converted, tmp_path, safe_serialization=True)
+    save_for_hf(converted, tmp_path, safe_serialization=True)
     back = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     x = torch.randn(2, 3, 40, 64)
     assert torch.equal(back(x), converted(x)) and back.rope.options == converted.rope.options
@@ -534,7 +535,7 @@ def test_every_block_of_a_swin_is_converted(bias, tmp_path):
         converted(x).square().sum().backward()
         assert all(rope.freqs.grad.abs().max() > 0 for rope in ropes)
         assert converted.pretrained_cfg['architecture'] == architecture
-        timm.models.save_for_hf(converted, tmp_path / target, safe_serialization=True)
+        save_for_hf(converted, tmp_path / target, safe_serialization=True)
         again = timm.create_model(f'local-dir:{tmp_path / target}', pretrained=True).eval()
         assert torch.equal(again(x), converted(x))
     assert model.rope.name == 'axial' and torch.equal(model(x), expected)

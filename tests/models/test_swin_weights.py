@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
 from tiny_swin import SMALL, blocks, load, loud, make, ropes, same
 
+from timm_rope._timm import save_for_hf
 from timm_rope.models.rope_swin import MODEL_ARGS, PUBLISHED
 from timm_rope.weights.layouts import recognise
 

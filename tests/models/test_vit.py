@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 import timm_rope
 from timm_rope import RopeVisionTransformer
+from timm_rope._timm import save_for_hf
 
 ENCODINGS = timm_rope.list_ropes()
 NAMES = [f'vit_tiny_rope_{e}' for e in ENCODINGS] + ['vit_tiny_ape', 'vit_tiny_rope_mixed_ape']
@@ -393,7 +394,7 @@ def test_hub_folder_round_trip(name, options, tmp_path):
     model = make(name, img_size=48, **options)
     model.set_input_size((64, 96))
     model.reset_classifier(3, 'avg')
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    save_for_hf(model, tmp_path, safe_serialization=True)
     back = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     x = torch.randn(2, 3, 64, 96)
     assert torch.equal(back(x), model(x))

@@ -9,10 +9,10 @@ import oracle
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
 from tiny import TINY, make
 
 import timm_rope
+from timm_rope._timm import save_for_hf
 from timm_rope.positions.coordinates import grid_axes
 from timm_rope.positions.scaling import ALPHA, BETA, interpolate, ntk, yarn
 

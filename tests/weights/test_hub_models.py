@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from safetensors.torch import save
 from tiny import TINY, make
 
+from timm_rope._timm import push_to_hf_hub, save_for_hf
 from timm_rope.models import rope_swin, rope_vit
 from timm_rope.weights import pretrained as pretrained_module
 from timm_rope.weights.files import read_weights
@@ -224,7 +225,7 @@ MINE = 'me/mine'
 
 
 def push(model):
-    timm.models.push_to_hf_hub(model, MINE, safe_serialization=True)
+    push_to_hf_hub(model, MINE, safe_serialization=True)
 
 
 def commits(hub):
@@ -271,7 +272,7 @@ def test_no_upload_while_offline(hub, model, monkeypatch):
 
 @uploading
 def test_an_upload_killed_half_way(hub, cache, model, tmp_path):
-    timm.models.save_for_hf(model, tmp_path / 'saved', safe_serialization=True)
+    save_for_hf(model, tmp_path / 'saved', safe_serialization=True)
     script = f'''
 from huggingface_hub import create_repo, upload_folder
 create_repo({MINE!r})

@@ -9,6 +9,7 @@ from hub_server import HubServer
 from tiny import make
 
 from timm_rope import list_ropes
+from timm_rope._timm import push_to_hf_hub, save_for_hf
 
 # of the Hub's client
 pytestmark = pytest.mark.filterwarnings('ignore:.*upload raw bytes:DeprecationWarning')
@@ -88,8 +89,8 @@ def read_back(models, images, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, HubServer() as hub:
         hub.serve(patch, folder / 'cache')
         for i, (name, model) in enumerate(models.items()):
-            timm.models.save_for_hf(model, folder / str(i), safe_serialization=True)
-            timm.models.push_to_hf_hub(model, f'org/case-{i}', safe_serialization=True)
+            save_for_hf(model, folder / str(i), safe_serialization=True)
+            push_to_hf_hub(model, f'org/case-{i}', safe_serialization=True)
             sources[f'folder: {name}'] = f'local-dir:{folder / str(i)}', images[name]
             sources[f'hub: {name}'] = f'hf-hub:org/case-{i}', images[name]
         torch.save(sources, folder / 'sources.pt')
@@ -120,8 +121,8 @@ def test_uploaded_files_are_the_saved_ones(models, tmp_path, monkeypatch):
     with HubServer() as hub:
         hub.serve(monkeypatch, tmp_path / 'cache')
         model = models['plain mixed']
-        timm.models.save_for_hf(model, tmp_path / 'saved', safe_serialization='both')
-        timm.models.push_to_hf_hub(model, 'org/x', safe_serialization='both')
+        save_for_hf(model, tmp_path / 'saved', safe_serialization='both')
+        push_to_hf_hub(model, 'org/x', safe_serialization='both')
         [files] = hub.repos['org/x'].commits.values()
         assert set(files) == {'README.md', 'config.json', 'model.safetensors', 'pytorch_model.bin'}
         for name in ('config.json', 'model.safetensors'):

@@ -7,6 +7,8 @@ import timm
 import torch
 from tiny import TINY, make
 
+from timm_rope._timm import save_for_hf
+
 SIZES = dict(embed_dim=128, depth=2, num_heads=2, patch_size=8, img_size=32, num_classes=5)
 
 
@@ -145,13 +147,13 @@ def test_another_head_channels_patch_and_size():
 def test_it_is_asked_for_and_not_remembered(tmp_path):
     saved = make('vit_tiny_rope_mixed')
     model = start('vit_tiny_rope_spherical', saved, **TINY)
-    timm.models.save_for_hf(model, tmp_path / 'model', safe_serialization=True)
+    save_for_hf(model, tmp_path / 'model', safe_serialization=True)
     assert 'warm_start' not in (tmp_path / 'model' / 'config.json').read_text()
     again = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(again(x), model(x))
 
-    timm.models.save_for_hf(saved, tmp_path / 'sly', safe_serialization=True, model_args=dict(rope_warm_start=True))
+    save_for_hf(saved, tmp_path / 'sly', safe_serialization=True, model_args=dict(rope_warm_start=True))
     with pytest.raises(ValueError, match='config.json.*only the caller'):
         timm.create_model(f'local-dir:{tmp_path / "sly"}', pretrained=True)
     with pytest.raises(ValueError, match='rope_warm_start=True needs pretrained=True'):

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import timm
-from timm.models import parse_model_name, resolve_model_input_args
+from timm.models import parse_model_name
 from torch import Tensor, nn
 
+from .._timm import resolve_model_input_args
 from ..positions.coordinates import read_grid
 from ..weights.files import read_weights, sha256_of
 from ..weights.layouts.base import unwrap

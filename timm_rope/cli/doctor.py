@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -16,7 +17,6 @@ from typing import Any, Dict, List, Optional
 from .. import plugin
 
 ENTRY_POINT = 'timm_rope.plugin:autoload'
-MIN_TORCH = (2, 5)  # the first one that runs the entry points of torch.backends
 PACKAGES = ('torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors')
 FOLDER = Path(__file__).parents[1]
 SWITCHES = ('TIMM_ROPE_AUTOLOAD', 'TORCH_DEVICE_BACKEND_AUTOLOAD', 'TIMM_ROPE_KERNEL')
@@ -60,6 +60,7 @@ def ask_child() -> Dict[str, Any]:
 
     Returns:
         versions: Package -> version, None if it is not installed; of PACKAGES and timm_rope.
+        files: Package -> a file of it, of those that were found.
         location: Folder of the timm_rope that a script imports, or of this one if it finds none.
         entry_point: Whether the installed metadata has it.
         autoloaded: How many of our models `import timm` alone brought.
@@ -73,7 +74,7 @@ def ask_child() -> Dict[str, Any]:
         child_error: Of the child process, if it did not answer.
     """
     facts: Dict[str, Any] = dict(
-        versions=_versions(), location=str(FOLDER), entry_point=False, autoloaded=0, models=0, status='',
+        versions=_versions(), files={}, location=str(FOLDER), entry_point=False, autoloaded=0, models=0, status='',
         device='unknown', error='', build_error='', kernels='unknown', kernel_error='',
         child_error='')
     try:
@@ -121,6 +122,7 @@ def inspect_process(names: List[str], error: str) -> None:
     except Exception as exception:
         facts['kernel_error'] = str(exception)
     facts['versions'] = _versions()
+    facts['files'] = {name: getattr(sys.modules.get(name), '__file__', None) for name in PACKAGES}
     print('\n' + json.dumps(facts))
 
 
@@ -128,10 +130,11 @@ def find_problems(facts: Dict[str, Any]) -> List[str]:
     """One line for each problem: what is wrong and what to do."""
     versions = facts['versions']
     problems = [f'{name} is not installed: run `pip install {name}`.' for name in PACKAGES if versions[name] is None]
-    for name, least in (('torch', MIN_TORCH), ('timm', plugin.MIN_TIMM)):
-        if versions[name] not in (None, 'unknown') and plugin.release(versions[name]) < least:
-            needed = '.'.join(map(str, least))
-            problems.append(f'{name} {versions[name]} is too old, >={needed} is needed: run `pip install -U {name}`.')
+    for name, least in (('torch', plugin.MIN_TORCH), ('timm', plugin.MIN_TIMM)):
+        old = plugin.too_old(name, versions[name] or '', least, facts['files'].get(name))
+        if old:
+            problems.append(f'{old}.')
+    problems += [] if old else _shadow()  # timm is the last of the two
     if not problems and facts['error']:
         problems.append(f'`import timm` fails, repair the installation of torch and timm: {facts["error"]}')
 
@@ -162,6 +165,17 @@ def find_problems(facts: Dict[str, Any]) -> List[str]:
             f'`import timm` alone does not bring the models (the plugin says: {facts["status"]}): '
             f'`import timm_rope` in the script, and please report it.')
     return problems
+
+
+def _shadow() -> List[str]:
+    """A problem if scripts in this folder import a timm beside them, as in a checkout of timm, that is too old."""
+    file = Path('timm', 'version.py')
+    try:
+        found = re.search(r"__version__ = '([^']+)'", file.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return []
+    old = plugin.too_old('timm', found[1] if found else '', plugin.MIN_TIMM, str(file))
+    return [f'in scripts of this folder, {old}.'] if old else []
 
 
 def format_facts(facts: Dict[str, Any]) -> str:

@@ -6,10 +6,10 @@ from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, maybe_add_mask, resolve_self_attn_mask
-from timm.models.vision_transformer import Block
+from timm.layers import maybe_add_mask
 from torch import Tensor
 
+from .._timm import Attention, Block, resolve_self_attn_mask
 from ..kernels import does_nothing, owned, rotate, unpack
 from ..rotations.formulas import Rotation
 from .block_positions import BlockPositions

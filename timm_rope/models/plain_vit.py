@@ -5,11 +5,11 @@ The absolute position embedding knows its grid and is resized without antialias;
 from typing import Any, Dict, Optional, Tuple
 
 import torch
-from timm.layers import resample_abs_pos_embed, trunc_normal_
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .._checks import check_choice, check_integer
+from .._timm import VisionTransformer, resample_abs_pos_embed
 
 # traced graphs keep it as a single node
 torch.fx.wrap('resample_abs_pos_embed')

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
-from timm.models.swin_transformer import SwinTransformer, resolve_stage_window_sizes, window_sizes_from_ratio
 
 from .._checks import check_choice, check_flag, check_integer
+from .._timm import SwinTransformer, resolve_stage_window_sizes, window_sizes_from_ratio
 from ..encodings import RotaryEncoding, create_rope
 from ..weights.fit_swin import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
 from ..weights.fit_swin import prepare_state_dict, to_our_keys

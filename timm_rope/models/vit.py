@@ -13,10 +13,10 @@ import torch
 from timm.layers import PatchDropoutWithIndices
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.jit import Final
 
+from .._timm import VisionTransformer
 from ..encodings import RotaryEncoding, create_rope
 from ..encodings._payloads import keep_tokens
 from ..weights.fit_vit import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class

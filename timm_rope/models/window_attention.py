@@ -8,10 +8,11 @@ from typing import Any, Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
-from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 from torch.jit import Final
 
+from .._timm import WindowAttention
 from .._tracing import recording
 from ..encodings import RotaryEncoding
 from ..kernels import owned, rotate, unpack
@@ -181,7 +182,10 @@ class AnySizeWindowBlock(SwinTransformerBlock):
         rows = -(-height // self.window_size[0]) * self.window_size[0]
         columns = -(-width // self.window_size[1]) * self.window_size[1]
         if x is None:
-            return shifted_mask(rows, columns, self.window_size, self.shift_size, device).to(dtype)
+            if device is None:
+                device = self.norm1.weight.device  # older releases of timm do not say it
+            mask = shifted_mask(rows, columns, self.window_size, self.shift_size, device)
+            return mask.to(self.norm1.weight.dtype if dtype is None else dtype)
         return mask_of(x, self.attn_mask, (rows, columns), self.window_size, self.shift_size)
 
 

@@ -3,9 +3,9 @@ import logging
 import re
 from typing import Any, Dict, Iterable, List, Tuple
 
-from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
 from torch import Tensor
 
+from .._timm import swin_filter_fn
 from ..encodings import RotaryEncoding
 from .layouts import NaverSwin, Weights, find_layout, recognise
 from .layouts.timm_swin import ROPE

@@ -16,6 +16,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_
 from torch import Tensor, nn
 
 from .._checks import check_flag
+from .._timm import args_of_config, keep_channels, record_model_args
 from .files import is_safetensors, read_weights
 from .hub import HubError, fetch
 from .hub_cache import verify, verify_cached
@@ -53,13 +54,15 @@ def build(
         ValueError: `rope_warm_start` without weights, or not asked for by the caller; see also `PretrainedSource`.
         RuntimeError: The weights do not fit; see `PretrainedSource` and `fit`.
     """
-    if 'rope_warm_start' in (kwargs.get('pretrained_model_args') or {}):
+    if 'rope_warm_start' in args_of_config(kwargs):
         raise ValueError('rope_warm_start in the model_args of a config.json: only the caller may ask for it.')
     warm_start = check_flag(kwargs.pop('rope_warm_start', False), 'rope_warm_start')
     if warm_start and not pretrained:
         raise ValueError('rope_warm_start=True needs pretrained=True and weights to start from.')
     if not pretrained:
-        return build_model_with_cfg(model_cls, name, False, feature_cfg=feature_cfg, **{**model_args, **kwargs})
+        model = build_model_with_cfg(model_cls, name, False, feature_cfg=feature_cfg, **{**model_args, **kwargs})
+        record_model_args(model, kwargs)
+        return model
     source = PretrainedSource(
         name, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None), kwargs.get('cache_dir'),
         lambda weights, model: fit(weights, model, warm_start))
@@ -70,6 +73,7 @@ def build(
         model_cls, name, True, pretrained_filter_fn=source.filter_fn, feature_cfg=feature_cfg, **source.build_args(),
         **{**model_args, **implied, **(dict(weight_init='skip') if replaced else {}), **kwargs})
     source.restore_cfg(model)
+    record_model_args(model, kwargs)
     model._model_args = {**getattr(model, '_model_args', {}), **implied}
     if replaced:
         _finish_init(getattr(model, 'model', model), kwargs.get('num_classes'), source.cfg.get('num_classes'))
@@ -203,6 +207,7 @@ class PretrainedSource:
         weights = self.weights or recognise(state_dict)
         try:
             tensors = self.fit(weights, model)
+            keep_channels(model, tensors)
         finally:
             self._wait()
         return tensors
@@ -211,6 +216,8 @@ class PretrainedSource:
         """Give a built model (or feature wrapper) the cfg that the placeholder stood in for."""
         for module in (model, getattr(model, 'model', None)):
             cfg = getattr(module, 'pretrained_cfg', None)
+            if isinstance(cfg, dict) and 'first_conv' in cfg:
+                cfg['first_conv'] = self.cfg.get('first_conv')
             if isinstance(cfg, dict) and cfg.pop('state_dict', None) is not None and self.cfg.get('source'):
                 cfg['source'] = self.cfg['source']
 

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..._timm import save_for_hf
+
 CONFIG = 'config.json'  # what tells a model's folder from another one
 
 
@@ -93,7 +95,7 @@ def write_model(model: Any, folder: Path, labels: Dict[str, Any]) -> None:
         OSError: The files could not be written.
     """
     try:
-        timm.models.save_for_hf(model, str(folder), safe_serialization=True, model_config=labels)
+        save_for_hf(model, str(folder), safe_serialization=True, model_config=labels)
     except SafetensorError as e:  # of the disk, but no OSError
         raise OSError(f'{folder} could not be written: {e}') from e
     path = folder / CONFIG

@@ -5,6 +5,8 @@ import timm
 from timm.layers import RotaryEmbeddingCat, RotaryEmbeddingMixed
 from torch import nn
 
+from ..._timm import create_without_memory
+
 
 def ask_timm(width: int, name: str, args: Dict[str, Any]) -> Tuple[Dict[str, Any], str]:
     """Build a model of timm without memory and look at it.
@@ -23,7 +25,7 @@ def ask_timm(width: int, name: str, args: Dict[str, Any]) -> Tuple[Dict[str, Any
     if not timm.is_model(name):
         return {}, ''
     try:
-        theirs: Any = timm.create_model(name, device='meta', **args)
+        theirs = create_without_memory(name, **args)
         found: Dict[str, Any] = dict(
             num_heads=theirs.blocks[0].attn.num_heads, global_pool=theirs.global_pool,
             pos_embed='none' if theirs.pos_embed is None else 'learn')

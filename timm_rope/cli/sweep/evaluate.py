@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, ContextManager, Dict, Optional, Tuple
 
 import torch
-from timm.data import create_dataset, create_loader, resolve_input_data_config
+from timm.data import create_dataset, create_loader
 from torch import nn
 from tqdm import tqdm
 
+from ..._timm import resolve_input_data_config
 from .._models import Subject
 from .rules import set_rule
 
@@ -115,7 +116,7 @@ class Evaluation:
         loader = create_loader(
             self.dataset, config['input_size'], self.batch_size, use_prefetcher=True, device=self.device,
             num_workers=self.workers, interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
-            crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
+            crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], persistent_workers=self.workers > 0)
         # summed on the device: reading a number after each batch would wait for it
         sums = torch.zeros(3, dtype=torch.int64, device=self.device)
         start = time.perf_counter()
