@@ -127,4 +127,4 @@ def test_no_room_is_crowded():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
     assert core <= 4200, f'{", ".join(CORE)} have {core} lines together, the bound is 4200'
-    assert lines_of(*FILES) <= 11700, f'the package has {lines_of(*FILES)} lines, the bound is 11700'
+    assert lines_of(*FILES) <= 11750, f'the package has {lines_of(*FILES)} lines, the bound is 11750'
