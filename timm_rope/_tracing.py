@@ -9,10 +9,18 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
+def _exporting() -> bool:
+    # an export that dynamo runs (strict, the default of those releases) looks like compilation
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+is_exporting = getattr(torch.compiler, 'is_exporting', _exporting)  # torch 2.7
+
+
 @torch.jit.unused
 def recording() -> bool:
     """Whether a graph is being recorded for another runtime (export, ONNX), which may know fewer operators."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or is_exporting()
 
 
 @torch.jit.unused

@@ -4,7 +4,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .._tracing import plain
+from .._tracing import is_exporting, plain
 
 BYTES = 2 ** 28  # of payloads that are kept beside those of the last grid: images of a few sizes may take turns
 
@@ -105,7 +105,7 @@ class KeepsPayloads(nn.Module):
     def _is_recorded(self, grid_size: Tuple[int, int]) -> bool:
         """Whether the graph that is being recorded is meant for another runtime, or is no more than traced."""
         return (
-            torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(grid_size[0], torch.fx.Proxy))
+            is_exporting() or torch.jit.is_tracing() or isinstance(grid_size[0], torch.fx.Proxy))
 
     @torch.jit.unused
     def _is_eager(self, grid_size: Tuple[int, int]) -> bool:
