@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from timm_rope.encodings import RotaryEncoding
 from timm_rope.positions.coordinates import grid_axes
-from timm_rope.rotations.formulas import BlockRotation, PairRotation, TripletRotation
+from timm_rope.rotations import BlockRotation, PairRotation, TripletRotation
 
 NAIVE = 'naive:'
 

@@ -373,7 +373,7 @@ def test_a_route_that_cannot_be_imported_is_left_with_a_warning(monkeypatch, tak
 def test_every_row_of_the_table_names_a_route():
     for row in routes.TABLE:
         assert row.route in routes.ROUTES[1:] and row.measured
-        assert issubclass(row.rotation, timm_rope.rotations.formulas.Rotation)
+        assert issubclass(row.rotation, timm_rope.rotations.Rotation)
 
 
 @pytest.mark.parametrize('encoding_name,options,images,learning,route', [

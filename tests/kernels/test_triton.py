@@ -18,7 +18,7 @@ from fresh_python import HIDE, run_python
 
 import timm_rope
 from timm_rope.encodings.spiral import ClampedPairRotation
-from timm_rope.rotations.formulas import BlockRotation, PairRotation, TripletRotation
+from timm_rope.rotations import BlockRotation, PairRotation, TripletRotation
 
 HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec('triton') is not None

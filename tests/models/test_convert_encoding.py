@@ -18,7 +18,7 @@ from timm_rope._timm import save_for_hf
 from timm_rope.encodings import ENCODINGS
 from timm_rope.encodings._saved import read_encoding
 from timm_rope.encodings._signature import read_signature
-from timm_rope.rotations.formulas import BlockRotation, PairRotation
+from timm_rope.rotations import BlockRotation, PairRotation
 
 NAMES = timm_rope.list_ropes()
 LEARNED = [name for name in NAMES if ENCODINGS[name].learned]

@@ -4,7 +4,7 @@ from typing import Dict
 import torch
 
 from ..kernels import find_route, guard, rotate, unpack
-from ..rotations.formulas import BlockRotation, PairRotation, TripletRotation
+from ..rotations import BlockRotation, PairRotation, TripletRotation
 
 IMAGES, HEAD_DIM, HEADS, TOKENS = 4, 64, 2, 5
 ROTATIONS = {

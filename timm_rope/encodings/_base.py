@@ -3,7 +3,7 @@
 This is the contract: what a subclass states (one file in `encodings/`, one line in `encodings/__init__.py`), and what
 everybody else asks of it, the payloads of a grid. Beside it: `_usage.py`, `_state.py`, `_reference.py`, `_cache.py`.
 
-Shapes: L layers, H heads, G channel groups, N tokens, W payload width. An axis of size 2 is (x, y), x first.
+Shapes: see `rotations/__init__.py`.
 """
 from typing import Any, ClassVar, Dict, List, Optional, Set, Tuple, Type
 
@@ -14,7 +14,7 @@ from .._checks import check_choice, check_flag, check_integer, check_positive
 from ..positions.augmentation import augment
 from ..positions.coordinates import COORDS, grid_axes, reference_side, to_grid
 from ..positions.scaling import growth, interpolate, log_n_scale, rescale
-from ..rotations.formulas import Rotation
+from ..rotations import Rotation
 from ._cache import KeepsPayloads, PayloadCache
 from ._payloads import check_rotate, per_block
 from ._signature import format_signature, write_signature

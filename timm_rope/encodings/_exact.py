@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..positions.coordinates import read_grid
-from ..rotations.formulas import BlockRotation, PairRotation, Rotation
+from ..rotations import BlockRotation, PairRotation, Rotation
 from . import create_rope, list_ropes
 from ._base import ENCODINGS, RotaryEncoding
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_group
-from ..rotations.formulas import PairRotation
+from ..rotations import PairRotation
 from ._base import RotaryEncoding
 from ._frequencies import axial, geometric
 

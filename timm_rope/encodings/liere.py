@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_group, check_integer
-from ..rotations.formulas import BlockRotation
+from ..rotations import BlockRotation
 from ._base import RotaryEncoding
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_group
-from ..rotations.formulas import PairRotation
+from ..rotations import PairRotation
 from ._base import RotaryEncoding
 from ._frequencies import geometric, turned_basis
 

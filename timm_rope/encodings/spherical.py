@@ -2,7 +2,7 @@
 from typing import List
 
 from .._checks import check_choice, check_group
-from ..rotations.formulas import TripletRotation
+from ..rotations import TripletRotation
 from ._base import RotaryEncoding
 from ._frequencies import geometric
 

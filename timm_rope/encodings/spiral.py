@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._checks import check_flag, check_integer, check_positive
 from ..positions.scaling import RULES
-from ..rotations.formulas import PairRotation
+from ..rotations import PairRotation
 from ._base import RotaryEncoding
 from ._frequencies import geometric
 

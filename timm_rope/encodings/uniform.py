@@ -2,7 +2,7 @@
 from typing import List
 
 from .._checks import check_group
-from ..rotations.formulas import PairRotation
+from ..rotations import PairRotation
 from ._base import RotaryEncoding
 from ._frequencies import axial
 

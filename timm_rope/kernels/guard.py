@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Set, Tuple
 import torch
 from torch import Tensor
 
-from ..rotations.formulas import BlockRotation, Rotation
+from ..rotations import BlockRotation, Rotation
 
 if TYPE_CHECKING:
     from .routes import Route

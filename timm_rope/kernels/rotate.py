@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._precision import without_autocast
 from .._tracing import unobserved
-from ..rotations.formulas import Rotation
+from ..rotations import Rotation
 from . import guard, routes
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._tracing import writable
-from ..rotations.formulas import BlockRotation, PairRotation, Rotation, TripletRotation
+from ..rotations import BlockRotation, PairRotation, Rotation, TripletRotation
 from . import guard
 
 VARIABLE = 'TIMM_ROPE_KERNEL'

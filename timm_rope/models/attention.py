@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._timm import Attention, Block, resolve_self_attn_mask
 from ..kernels import does_nothing, owned, rotate, unpack
-from ..rotations.formulas import Rotation
+from ..rotations import Rotation
 from .block_positions import BlockPositions
 
 # traced graphs keep these two as single nodes, as those of timm's own attention do

@@ -15,7 +15,7 @@ from ..encodings import RotaryEncoding
 from ..encodings._exact import convert_rope
 from ..encodings._saved import encoding_prefix, read_encoding
 from ..encodings._usage import USAGE
-from ..rotations.formulas import Rotation
+from ..rotations import Rotation
 
 SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'custom_load')
 

@@ -9,7 +9,7 @@ from typing import Iterator, Optional, Protocol, Tuple
 import torch
 from torch import Tensor
 
-from ...rotations.formulas import PairRotation, Rotation, TripletRotation
+from ...rotations import PairRotation, Rotation, TripletRotation
 from .. import routes
 from . import pairs, products, triplets
 from .packing import image_ranges

@@ -4,7 +4,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from ...rotations.formulas import PairRotation, Rotation
+from ...rotations import PairRotation, Rotation
 from .packing import image_ranges, images_at_a_time
 
 BY_IMAGE = True

@@ -9,7 +9,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from ...rotations.formulas import BlockRotation, Rotation
+from ...rotations import BlockRotation, Rotation
 from .derived_cache import cached_table
 from .packing import pack, packed_of
 

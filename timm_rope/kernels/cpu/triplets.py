@@ -15,7 +15,7 @@ from typing import Iterator, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ...rotations.formulas import Rotation, TripletRotation
+from ...rotations import Rotation, TripletRotation
 from .derived_cache import cached_table
 from .packing import image_ranges, images_at_a_time, pack
 from .pairs import as_complex, viewable_as_complex

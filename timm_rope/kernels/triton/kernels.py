@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from ...rotations.formulas import Rotation
+from ...rotations import Rotation
 from .arithmetic import payload_gradient, turned, turned_back
 from .launch import back_constants, constants, describe, images_per_program, kind_of, processors
 from .tiles import load_groups, load_payload, places, store_groups, store_payload

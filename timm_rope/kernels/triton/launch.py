@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...rotations.formulas import BlockRotation, PairRotation, Rotation, TripletRotation
+from ...rotations import BlockRotation, PairRotation, Rotation, TripletRotation
 
 BLOCK_SIZES = (2, 4, 8, 16)  # what a tile can be reshaped to, and whose matrices fit in registers
 

@@ -1,0 +1,59 @@
+"""What every rotation of groups of channels states: how payloads are made, and how they are applied."""
+import torch
+from torch import Tensor, nn
+
+
+class Rotation(nn.Module):
+    """Base of the rotations. Holds no tensors, so one instance may serve every block.
+
+    Args:
+        head_dim: Channels per head, D.
+        size: Channels per group.
+        groups: Number of groups, G.
+        width: Width of the payload, W.
+    """
+
+    def __init__(self, head_dim: int, size: int, groups: int, width: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.size = size
+        self.groups = groups
+        self.width = width
+        self.rotated = size * groups  # leading channels that turn
+
+    def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """Payloads of a grid for all layers.
+
+        Args:
+            freqs: (2, L, H, G), radians per unit of coordinate, x first.
+            y: (rows,), coordinates of the rows.
+            x: (columns,), coordinates of the columns.
+
+        Returns:
+            (L, H, N, W) in the dtype of `freqs`, N = rows * columns, row-major.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, payload: Tensor) -> Tensor:
+        """Rotate queries or keys; computed in the payload's precision, returned in that of `x`, nothing is mutated.
+
+        Args:
+            x: (B, H, N, D).
+            payload: (H or 1, N, W), or (B, H or 1, N, W) where every image has its own positions.
+
+        Returns:
+            (B, H, N, D).
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        rest = self.head_dim - self.rotated
+        return f'{self.groups} groups of {self.size}' + (f', {rest} of {self.head_dim} unrotated' if rest else '')
+
+
+def with_rest(groups: Tensor, x: Tensor, rotated: int, head_dim: int) -> Tensor:
+    """Turned groups (..., G, size) in the dtype of `x`, followed by the channels of `x` that belong to no group."""
+    out = groups.flatten(-2).to(x.dtype)
+    if rotated < head_dim:
+        out = torch.cat((out, x[..., rotated:]), dim=-1)
+    return out

@@ -1,0 +1,51 @@
+"""Blocks of channels turn by the exponential of a skew-symmetric matrix, which `exponential.py` makes."""
+import torch
+from torch import Tensor
+
+from .._precision import without_autocast
+from .._tracing import recording
+from .base import Rotation, with_rest
+from .exponential import block_table
+
+torch.fx.wrap('block_table')  # in every module that calls it: FX looks the name up there
+
+
+class BlockRotation(Rotation):
+    """Channels (bg, ..., bg+b-1) turn by exp(x A_x + y A_y), A skew-symmetric b x b (LieRE, arXiv 2406.10322, eq. 3).
+
+    Here `freqs` holds the strict upper triangles of the generators, row by row: (2, L, H, G, b (b - 1) / 2).
+    Payload: the G matrices, row-major.
+    """
+
+    def __init__(self, head_dim: int, size: int) -> None:
+        groups = head_dim // size
+        super().__init__(head_dim, size, groups, groups * size * size)
+
+    def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return block_table(freqs, y, x, self.size)
+
+    def forward(self, x: Tensor, payload: Tensor) -> Tensor:
+        return turn_blocks(x, payload, self.groups, self.size)
+
+
+@torch.fx.wrap
+def turn_blocks(x: Tensor, payload: Tensor, groups: int, size: int) -> Tensor:
+    if torch.jit.is_scripting():
+        return _turn_blocks(x, payload, groups, size)
+    with without_autocast(x):
+        return _turn_blocks(x, payload, groups, size)
+
+
+def _turn_blocks(x: Tensor, payload: Tensor, groups: int, size: int) -> Tensor:
+    rotated = groups * size
+    matrices = payload.unflatten(-1, [groups, size, size])
+    blocks = x[..., :rotated].to(payload.dtype).unflatten(-1, [groups, size])
+    return with_rest(_matrix_times_vector(matrices, blocks), x, rotated, x.shape[-1])
+
+
+def _matrix_times_vector(matrices: Tensor, vectors: Tensor) -> Tensor:
+    if not torch.jit.is_scripting():
+        if recording():
+            # ONNX knows no einsum whose ellipsis broadcasts; elsewhere this one would copy the matrices for each image
+            return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
+    return torch.einsum('...ij,...j->...i', [matrices, vectors])
