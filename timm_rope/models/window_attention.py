@@ -182,10 +182,8 @@ class AnySizeWindowBlock(SwinTransformerBlock):
         rows = -(-height // self.window_size[0]) * self.window_size[0]
         columns = -(-width // self.window_size[1]) * self.window_size[1]
         if x is None:
-            weight: Any = self.norm1.weight  # older releases of timm do not say where and in what dtype
-            mask = shifted_mask(
-                rows, columns, self.window_size, self.shift_size, weight.device if device is None else device)
-            return mask.to(weight.dtype if dtype is None else dtype)
+            mask = shifted_mask(rows, columns, self.window_size, self.shift_size, device)
+            return mask if dtype is None else mask.to(dtype)  # older releases of timm do not say it, and cast it
         return mask_of(x, self.attn_mask, (rows, columns), self.window_size, self.shift_size)
 
 
