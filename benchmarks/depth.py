@@ -1,6 +1,6 @@
 """What training does to attention and frequencies, block by block: the papers' figures on models that train here.
 
-    python benchmarks/depth.py --json FILE.json --plot FILE.png     # 20 minutes on 2 cores
+    python benchmarks/depth.py --json FILE.json --plot FILE.png     # 18 minutes on one core
     python benchmarks/depth.py --steps 200 --seeds 1                # to try it
 
 The models and recipes are those of `compare.py`, but deeper, since the figures are about depth: learned frequencies by
