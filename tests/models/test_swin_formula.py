@@ -143,8 +143,10 @@ def test_masks_are_those_of_timm(rule):
             if mask is not None:
                 seen += 1
                 torch.testing.assert_close(mask, expected, rtol=0, atol=0)
-        torch.testing.assert_close(block.attn_mask, SwinTransformerBlock.get_attn_mask(
-            block, device=torch.device('cpu'), dtype=torch.float32), rtol=0, atol=0)
+        if block.attn_mask is not None:
+            nominal = torch.zeros(1, *(-(-n // w) * w for n, w in zip(block.input_resolution, block.window_size)), 1)
+            expected = SwinTransformerBlock.get_attn_mask(block, nominal)
+            torch.testing.assert_close(block.attn_mask, expected, rtol=0, atol=0)
     assert seen >= 3
 
 
@@ -169,9 +171,8 @@ def test_backbone_of_any_size():
     maps = backbone(torch.randn(1, 3, 96, 160))
     assert [tuple(each.shape) for each in maps] == [
         (1, 24, 40, 8), (1, 12, 20, 16), (1, 6, 10, 32), (1, 3, 5, 64)]
-    for name in ('swin_tiny_rope_mixed', 'swin_tiny_patch4_window7_224'):
-        with pytest.raises(TypeError, match='output_stride'):
-            timm.create_model(name, features_only=True, output_stride=16)
+    with pytest.raises(TypeError, match='output_stride'):  # as timm's own, from 1.0.31 on
+        timm.create_model('swin_tiny_rope_mixed', features_only=True, output_stride=16)
 
 
 @pytest.mark.parametrize('head_dim', [8, (8, 24)])
