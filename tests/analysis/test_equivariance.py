@@ -91,6 +91,22 @@ def test_logits_without_positions_do_not_change():
     assert changes[:2].min() > 1e-2 and changes[2] == 0, 'the last is once around'
 
 
+def test_accuracy_drop():
+    class Corner(torch.nn.Module):
+        """Answers by the first pixel."""
+
+        def forward(self, x):
+            return torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), 4).float()
+
+    images = torch.arange(4.).repeat_interleave(4).reshape(4, 1, 2, 2).clone()
+    images[2:, :, 0, 1] = 0.  # what a shift by one column brings into the corner
+    labels = torch.arange(4)
+    batches = [(images[:3], labels[:3]), (images[3:], labels[3:])]
+    assert analysis.accuracy_drop(Corner(), batches, lambda x: analysis.shift_patches(x, (0, 1), (1, 1))) == (1., 0.5)
+    with pytest.raises(ValueError, match='batches must hold images'):
+        analysis.accuracy_drop(Corner(), [], lambda x: x)
+
+
 def test_reconstruction():
     circle = analysis.test_pattern('circle', 32)
     drawn, mse, ssim = analysis.reconstruct(circle, torch.ones(32, 32, dtype=torch.bool))

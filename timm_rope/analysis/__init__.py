@@ -13,6 +13,7 @@ from .attention import cls_map as cls_map
 from .attention import mean_distance as mean_distance
 from .attention import mean_entropy as mean_entropy
 from .attention import query_map as query_map
+from .equivariance import accuracy_drop as accuracy_drop
 from .equivariance import logit_shift_error as logit_shift_error
 from .equivariance import pattern_map as pattern_map
 from .equivariance import rotation_error as rotation_error

@@ -3,7 +3,7 @@
 In come rotation matrices of `rotation_matrices`, or a model and its images; out come errors without a unit, 0 where
 only offsets matter.
 """
-from typing import Sequence, Tuple
+from typing import Callable, Iterable, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,34 @@ def logit_shift_error(
     before = model(images)
     changes = [(model(shift_patches(images, shift, patch)) - before).norm() for shift in shifts]
     return torch.stack(changes) / (before - before.mean()).norm()
+
+
+@torch.inference_mode()
+def accuracy_drop(
+        model: nn.Module,
+        batches: Iterable[Tuple[Tensor, Tensor]],
+        move: Callable[[Tensor], Tensor],
+) -> Tuple[float, float]:
+    """Share of right answers on images, and on the same images after they were moved.
+
+        before, after = accuracy_drop(model, loader, lambda images: shuffle_patches(images, (16, 16)))
+
+    Args:
+        model: In the mode it is to be measured in.
+        batches: Images (B, C, H, W) and their classes (B,), where the model is; read once.
+        move: `shuffle_patches`, `shift_patches` or any other change of images.
+
+    Raises:
+        ValueError: There are no images.
+    """
+    right, count = [0, 0], 0
+    for images, labels in batches:
+        for i, shown in enumerate((images, move(images))):
+            right[i] += int((model(shown).argmax(-1) == labels).sum())
+        count += len(labels)
+    if not count:
+        raise ValueError('batches must hold images and their classes, got none.')
+    return right[0] / count, right[1] / count
 
 
 def shift_patches(images: Tensor, shift: Tuple[int, int], patch: Tuple[int, int]) -> Tensor:
