@@ -16,9 +16,12 @@ class GridPatchEmbed(PatchEmbed):
     compile anew for each size.
     """
 
+    graph_per_size: bool = False  # whether torch.compile makes a graph for each size instead of one for all
+    __constants__ = ['graph_per_size']
+
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2], x.shape[-1]
-        if not self.flatten and not torch.jit.is_scripting():
+        if self.graph_per_size and not torch.jit.is_scripting():
             specialize(height, width)
         patch_h, patch_w = self.patch_size[0], self.patch_size[1]
         if self.strict_img_size:
@@ -33,6 +36,11 @@ class GridPatchEmbed(PatchEmbed):
         else:
             x = x.permute(0, 2, 3, 1)  # NHWC is the only unflattened format a ViT asks for
         return self.norm(x)
+
+
+class WindowPatchEmbed(GridPatchEmbed):
+    """For models that cut images into windows, see `specialize`."""
+    graph_per_size = True
 
 
 @torch.fx.wrap

@@ -15,7 +15,7 @@ from ..encodings import RotaryEncoding, create_rope
 from ..weights.fit_swin import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
 from ..weights.fit_swin import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed
-from .patch_embed import GridPatchEmbed, new_sizes, to_image_size, to_size
+from .patch_embed import WindowPatchEmbed, new_sizes, to_image_size, to_size
 from .rotary import RotaryModel, take_options
 from .window_attention import AnySizeWindowBlock, NaverWindowBlock, RopeWindowAttention
 
@@ -111,7 +111,7 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
         for channels, heads in zip(head_dims, num_heads):  # refuses what does not fit before anything is built
             make_rope(channels, heads, (WINDOW, WINDOW), 'meta', dtype)
 
-        kwargs.setdefault('embed_layer', partial(GridPatchEmbed, dynamic_img_pad=dynamic_img_pad))
+        kwargs.setdefault('embed_layer', partial(WindowPatchEmbed, dynamic_img_pad=dynamic_img_pad))
         super().__init__(
             img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depths=depths,  # type: ignore[arg-type]
             num_heads=num_heads, head_dim=head_dims, window_size=windows,  # type: ignore[arg-type]
