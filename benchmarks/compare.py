@@ -22,7 +22,7 @@ import torch
 from comparison.budget import within_budget
 from comparison.images import steps_per_epoch
 from comparison.jobs import Job, open_task, results_of
-from comparison.recipe import RECIPES, Recipe
+from comparison.recipe import RECIPES, Recipe, read_recipe
 from comparison.report import plot_accuracy, plot_curves, tables
 from comparison.training import POINTS
 from machine import Row, describe, device_of, integer_from, read_result, summary, write_result
@@ -65,7 +65,7 @@ def read_earlier(path: Path) -> Tuple[Dict[str, Any], List[Row]]:
 
 
 def recipe_of(about: Dict[str, Any]) -> Recipe:
-    return Recipe(**{**about['recipe'], 'sizes': tuple(about['recipe']['sizes'])})
+    return read_recipe(about['recipe'])
 
 
 # -- all runs

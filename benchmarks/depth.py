@@ -18,7 +18,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from comparison.jobs import open_task
-from comparison.recipe import RECIPES, Recipe
+from comparison.recipe import RECIPES, Recipe, read_recipe
 from comparison.training import Training, build, test
 from machine import Row, add_common, describe, integer_from, read_result, summary, write_result
 from tqdm import tqdm
@@ -144,10 +144,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if args.json is not None and args.json.exists():
             found = read_result(args.json, partial=True)
+            earlier = found['settings'].get('recipes', {})
             if found['benchmark'] != 'depth' or any(
-                    found['settings']['recipes'].get(t, r) != _plain(r) for t, r in settings['recipes'].items()):
+                    read_recipe(earlier[task]) != recipe for task, recipe in recipes.items() if task in earlier):
                 raise ValueError(f'{args.json} holds results of another benchmark or recipe. It was left as it is.')
-            rows, settings['recipes'] = found['rows'], {**found['settings']['recipes'], **settings['recipes']}
+            rows, settings['recipes'] = found['rows'], {**earlier, **settings['recipes']}
         done = {(row['task'], row['method'], row['seed']) for row in rows}
         jobs = [(t, m, s) for s in range(args.seeds) for t in args.tasks for m in args.methods]
         for job in tqdm([job for job in jobs if job not in done], desc='runs'):
@@ -158,18 +159,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         print('depth: interrupted; a rerun with the same --json continues.', file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         print(f'depth: {error}', file=sys.stderr)
         return 2
     print(table(rows))
     if args.plot is not None:
         plot(args.plot, rows)
     return 0
-
-
-def _plain(recipe: Dict[str, Any]) -> Dict[str, Any]:
-    """As JSON gives it back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
 
 
 if __name__ == '__main__':

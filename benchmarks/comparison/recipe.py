@@ -39,6 +39,11 @@ class Recipe:
             depth=self.depth, init_values=1.)
 
 
+def read_recipe(values: Dict[str, Any]) -> Recipe:
+    """The recipe that was written into a file of results."""
+    return Recipe(**{**values, 'sizes': tuple(values['sizes'])})
+
+
 TINY: Dict[str, Any] = dict(embed_dim=48, num_heads=2, depth=3, batch_size=64, learning_rate=2e-3)
 SMALL: Dict[str, Any] = dict(
     embed_dim=384, num_heads=8, depth=8, batch_size=512, learning_rate=1e-3, test_images=10_000)

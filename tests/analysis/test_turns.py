@@ -82,6 +82,14 @@ def test_waves_of_timm(mixed):
             torch.testing.assert_close(found, frequencies, rtol=1e-5, atol=0)
 
 
+def test_a_model_of_timm_with_one_block():
+    """Its mixed frequencies still have an axis of layers."""
+    model = timm.create_model('vit_small_patch16_rope_mixed_224', depth=1, img_size=64)
+    turn, = analysis.rotary_layers(model)
+    assert turn.head_dim == 64 and analysis.rotation_matrices(turn).shape == (6, 16, 32, 2, 2)
+    assert analysis.wave_vectors(model).shape == (1, 6, 32, 2)
+
+
 def test_isotropy():
     angles = torch.arange(7).double() * math.pi / 7
     spread = torch.stack((angles.cos(), angles.sin()), -1)

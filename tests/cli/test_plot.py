@@ -7,6 +7,7 @@ import re
 import pytest
 import timm
 import tiny
+import tiny_swin
 import torch
 from PIL import Image
 
@@ -14,7 +15,7 @@ from timm_rope import analysis
 from timm_rope.__main__ import main
 from timm_rope.cli.plot import command
 from timm_rope.cli.plot.images import scene
-from timm_rope.cli.plot.values import KINDS
+from timm_rope.cli.plot.values import KINDS, Look
 
 pytest.importorskip('matplotlib')
 
@@ -78,6 +79,20 @@ def test_values_are_those_of_the_model(plot, tmp_path):
     expected = analysis.mean_distance(analysis.attention_maps(model, images)[2])
     torch.testing.assert_close(
         torch.tensor(values['distance']['blocks'][2]['heads']).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_the_first_window_of_each_image_is_shown():
+    model = tiny_swin.make('mixed')
+    images = torch.randn(3, 3, 32, 32)
+    values = KINDS['attention'](Look(model, images, images.permute(0, 2, 3, 1)))
+    assert values['window'] is False, 'the last stage has one window of 4 x 4 patches'
+    wide = torch.randn(3, 3, 64, 64)
+    values = KINDS['attention'](Look(model, wide, wide.permute(0, 2, 3, 1)))
+    assert values['window'] is True
+    for image, shown in zip(wide, values['images']):
+        last = analysis.attention_maps(model, image[None], layers=[-1])[0]
+        torch.testing.assert_close(
+            torch.tensor(shown['middle']), analysis.query_map(last, 2, 2)[0], rtol=1e-4, atol=1e-6)
 
 
 def test_what_a_model_lacks_is_said(plot, tmp_path):

@@ -3,7 +3,7 @@
 In comes a model (or the tensors of another function here), out come tensors in radians per patch; all in float64.
 """
 import math
-from typing import Dict, Optional
+from typing import Dict
 
 import torch
 from torch import Tensor, nn
@@ -131,11 +131,9 @@ def frequency_summary(model: nn.Module, prefix: str = 'rope') -> Dict[str, float
     return out
 
 
-def _scalars(prefix: str, waves: Tensor, ratios: Optional[Tensor]) -> Dict[str, float]:
+def _scalars(prefix: str, waves: Tensor, ratios: Tensor) -> Dict[str, float]:
     length = waves.norm(dim=-1)
     values = dict(
         mean=length.mean(), median=length.median(), low=(length < LOW).double().mean(),
-        aliased=(length > ALIASED).double().mean(), isotropy=isotropy(waves))
-    if ratios is not None:
-        values['commutator'] = ratios.mean()
+        aliased=(length > ALIASED).double().mean(), isotropy=isotropy(waves), commutator=ratios.mean())
     return {f'{prefix}/{name}': float(value) for name, value in values.items()}

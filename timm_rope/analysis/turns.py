@@ -46,11 +46,9 @@ def rotary_layers(model: nn.Module) -> List[Turn]:
     if isinstance(rope, nn.Module) and hasattr(model, 'blocks'):
         if not isinstance(rope, RotaryEncoding) and not hasattr(rope, 'get_embed'):
             raise ValueError(f'{type(rope).__name__} is no rotary encoding that is understood here.')
-        dim = parts.blocks[0].attn.qkv.out_features // 3 if isinstance(
-            getattr(parts.blocks[0].attn, 'qkv', None), nn.Linear) else parts.embed_dim
         grid = to_grid(tuple(parts.patch_embed.grid_size), 'grid_size')
-        return [Turn(f'blocks.{i}', rope, i, grid, dim // block.attn.num_heads)
-                for i, block in enumerate(parts.blocks)]
+        head_dim = rope.head_dim if isinstance(rope, RotaryEncoding) else _embed(rope, grid).shape[-1] // 2
+        return [Turn(f'blocks.{i}', rope, i, grid, head_dim) for i in range(len(parts.blocks))]
     turns = [
         Turn(f'layers.{i}.blocks.{j}', block.attn.rope, 0, tuple(block.window_size), block.attn.rope.head_dim)
         for i, stage in enumerate(getattr(parts, 'layers', ()))
@@ -92,7 +90,7 @@ def generators(turn: Turn) -> Tensor:
         (H or 1, G, 2, b, b), x first, in float64, radians per patch.
 
     Raises:
-        ValueError: The grid has only one patch along an axis, so that there is no step.
+        ValueError: The grid of one of timm's encodings has only one patch along an axis, so that there is no step.
     """
     if not isinstance(turn.rope, RotaryEncoding):
         if min(turn.grid) < 2:
@@ -137,17 +135,22 @@ def _matrices(rope: RotaryEncoding, payload: Tensor) -> Tensor:
 
 def _angles(turn: Turn, grid: Grid) -> Tensor:
     """Angles (H or 1, N, D / 2) by which one of timm's encodings turns the pairs of channels of each patch."""
-    rope: Any = copy.deepcopy(turn.rope).eval()
-    fixed = getattr(rope, 'feat_shape', None)
-    embed = rope.get_embed() if fixed is not None and tuple(fixed) == tuple(grid) else rope.get_embed(shape=list(grid))
-    embed = embed.double()
-    if embed.ndim > 2 and embed.shape[0] > 1 and embed.ndim == 4:
+    embed = _embed(turn.rope, grid)
+    if embed.ndim == 4:  # of mixed frequencies, which every layer has of its own
         embed = embed[turn.index]
-    sin, cos = embed.chunk(2, dim=-1)
+    sin, cos = embed.double().chunk(2, dim=-1)
     angles = torch.atan2(sin, cos)
-    half = bool(getattr(rope, 'rotate_half', False))
+    half = bool(getattr(turn.rope, 'rotate_half', False))
     angles = angles[..., :angles.shape[-1] // 2] if half else angles[..., ::2]
     return angles.unsqueeze(0) if angles.ndim == 2 else angles
+
+
+@torch.no_grad()
+def _embed(rope: nn.Module, grid: Grid) -> Tensor:
+    """Sines and cosines of one of timm's encodings, (..., N, 2 D), without augmentation and without a trace in it."""
+    still: Any = copy.deepcopy(rope).eval()
+    fixed = getattr(still, 'feat_shape', None)
+    return still.get_embed() if fixed is not None and tuple(fixed) == tuple(grid) else still.get_embed(shape=list(grid))
 
 
 def _turned_by(angles: Tensor) -> Tensor:

@@ -18,9 +18,14 @@ def integer_from(minimum: int) -> Callable[[str], int]:
 def output_file(text: str) -> Path:
     """A type of argument: a file that can be written, asked before the work begins and not after it."""
     path = Path(text)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if not can_write(path):
         raise argparse.ArgumentTypeError(f'must be a file in a folder that exists and can be written, got {text!r}')
     return path
+
+
+def can_write(path: Path) -> bool:
+    """Whether a file may be made there: it is no folder, and lies in one that can be written to."""
+    return not path.is_dir() and os.access(path.absolute().parent, os.W_OK)
 
 
 def write_whole(path: Path, content: Union[str, bytes]) -> None:

@@ -66,6 +66,8 @@ def parse_source(text: str, untrained: bool = False) -> Source:
     Raises:
         ValueError: No such model, weights or file; says what would be right.
     """
+    if untrained and ('=' in text or ':' in text):
+        raise ValueError(f'--untrained takes names of models alone, got {text!r}.')
     if text.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
         source, model_id = parse_model_name(text)
         if source == 'local-dir':

@@ -130,11 +130,11 @@ def find_problems(facts: Dict[str, Any]) -> List[str]:
     """One line for each problem: what is wrong and what to do."""
     versions = facts['versions']
     problems = [f'{name} is not installed: run `pip install {name}`.' for name in PACKAGES if versions[name] is None]
-    for name, least in (('torch', plugin.MIN_TORCH), ('timm', plugin.MIN_TIMM)):
-        old = plugin.too_old(name, versions[name] or '', least, facts['files'].get(name))
-        if old:
-            problems.append(f'{old}.')
-    problems += [] if old else _shadow()  # timm is the last of the two
+    old = {name: plugin.too_old(name, versions[name] or '', least, facts['files'].get(name))
+           for name, least in (('torch', plugin.MIN_TORCH), ('timm', plugin.MIN_TIMM))}
+    problems += [f'{problem}.' for problem in old.values() if problem]
+    if not old['timm']:
+        problems += _shadow()
     if not problems and facts['error']:
         problems.append(f'`import timm` fails, repair the installation of torch and timm: {facts["error"]}')
 

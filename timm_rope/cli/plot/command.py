@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import io
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any, Dict, Iterator, List
 from timm.utils import ParseKwargs
 
 from ..._version import __version__
-from .._common import integer_from, write_whole
+from .._common import can_write, integer_from, write_whole
 from .._models import Subject, load, parse_source
 from .images import find_images, load_images
 from .values import KINDS, Look, Values
 
 FORMATS = ('.png', '.svg')
+DRAWN = ('image', 'drawn', 'maps', 'waves', 'middle', 'token')  # values that are pixels or points, not for a table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,6 @@ def parse_kinds(text: str) -> List[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    kinds = args.kinds
     try:
         check_arguments(args)
         sources = [parse_source(text, args.untrained) for text in args.models]
@@ -59,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
         values = []
         for i, source in enumerate(sources):
             say(f'loading {source.text}')
-            values.append(measure(load(source, args.model_kwargs, args.use_ema), paths, kinds, i, len(sources)))
-        write(args, kinds, values)
+            values.append(measure(load(source, args.model_kwargs, args.use_ema), paths, args.kinds, i, len(sources)))
+        write(args, values)
     except KeyboardInterrupt:
         print('plot: interrupted, nothing was written.', file=sys.stderr)
         return 130
@@ -74,16 +73,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what can be told from the arguments alone, before a model is built."""
     if importlib.util.find_spec('matplotlib') is None:
         raise ValueError("plot needs matplotlib: pip install 'timm_rope[plot]', or pip install matplotlib.")
-    folder = args.output.absolute().parent
-    if args.output.suffix not in FORMATS or args.output.is_dir() or not os.access(folder, os.W_OK):
+    if args.output.suffix not in FORMATS or not can_write(args.output):
         raise ValueError(
             f'--output must be a file *.png or *.svg in a folder that can be written to, got {str(args.output)!r}.')
     if args.untrained and args.use_ema:
         raise ValueError('--untrained and --use-ema contradict each other: give one of them.')
-    if args.untrained:
-        for text in args.models:
-            if '=' in text or ':' in text:
-                raise ValueError(f'--untrained takes names of models alone, got {text!r}.')
 
 
 def say(text: str) -> None:
@@ -109,13 +103,13 @@ def measure(subject: Subject, paths: List[Path], kinds: List[str], place: int, m
     return out
 
 
-def write(args: argparse.Namespace, kinds: List[str], values: List[Dict[str, Values]]) -> None:
+def write(args: argparse.Namespace, values: List[Dict[str, Values]]) -> None:
     """The picture and its values, each of them whole or not at all."""
     from .draw import figure_of
 
     names = [f'{text} (untrained)' if args.untrained else text for text in args.models]
     picture = io.BytesIO()
-    figure_of(kinds, names, values).savefig(picture, format=args.output.suffix[1:], dpi=args.dpi)
+    figure_of(args.kinds, names, values).savefig(picture, format=args.output.suffix[1:], dpi=args.dpi)
     models = [dict(model=text, untrained=args.untrained, values=each) for text, each in zip(args.models, values)]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator='\n')
@@ -135,8 +129,7 @@ def flat(values: Any, path: str = '') -> Iterator[Any]:
     if isinstance(values, dict):
         name = values.get('name', values.get('kind'))
         for key, value in values.items():
-            if key not in ('name', 'kind', 'image', 'drawn', 'maps', 'waves', 'middle', 'token', 'images') or (
-                    key == 'images' and 'waves' in values):
+            if key not in DRAWN:
                 yield from flat(value, '/'.join(filter(None, (path, str(name) if name else '', key))))
     elif isinstance(values, list):
         for i, value in enumerate(values):

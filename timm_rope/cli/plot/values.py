@@ -4,6 +4,7 @@ One function for each kind, from a `Look` at a model to a dict; `KINDS` is their
 """
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Callable, Dict, List
 
 import torch
@@ -27,9 +28,15 @@ class Look:
     images: Tensor
     seen: Tensor
 
+    @cached_property
     def turns(self) -> List[analysis.Turn]:
         return analysis.rotary_layers(self.model)
 
+    @cached_property
+    def generators(self) -> List[Tensor]:
+        return [analysis.generators(turn) for turn in self.turns]
+
+    @cached_property
     def maps(self) -> List[analysis.AttentionMap]:
         return analysis.attention_maps(self.model, self.images)
 
@@ -45,16 +52,14 @@ def _short(value: Any) -> Any:
 
 def frequencies(look: Look) -> Values:
     """Wave vectors of each block, and the shares that are slow or aliased."""
-    blocks = []
-    for turn in look.turns():
-        a = analysis.generators(turn)
-        blocks.append(dict(name=turn.name, waves=numbers(analysis.directed_waves(a)), size=a.shape[-1]))
+    blocks = [dict(name=turn.name, waves=numbers(analysis.directed_waves(a)), size=a.shape[-1])
+              for turn, a in zip(look.turns, look.generators)]
     return dict(blocks=blocks, summary={k: _short(v) for k, v in analysis.frequency_summary(look.model).items()})
 
 
 def patterns(look: Look) -> Values:
     """Scores by position alone, of up to three heads of the first, the middle and the last block."""
-    turns = look.turns()
+    turns = look.turns
     out: List[Values] = []
     for index in sorted({0, len(turns) // 2, len(turns) - 1}):
         turn = turns[index]
@@ -70,19 +75,19 @@ def patterns(look: Look) -> Values:
 
 def distance(look: Look) -> Values:
     """Mean attention distance of each head, in pixels."""
-    return dict(blocks=[dict(name=m.name, heads=numbers(analysis.mean_distance(m))) for m in look.maps()])
+    return dict(blocks=[dict(name=m.name, heads=numbers(analysis.mean_distance(m))) for m in look.maps])
 
 
 def entropy(look: Look) -> Values:
     """Mean attention entropy of each head in nats, and the most there can be."""
     return dict(blocks=[
         dict(name=m.name, heads=numbers(analysis.mean_entropy(m)), most=_short(math.log(m.weights.shape[-1])))
-        for m in look.maps()])
+        for m in look.maps])
 
 
 def fourier(look: Look) -> Values:
     """What the waves of all blocks together can draw."""
-    waves = torch.cat([analysis.directed_waves(analysis.generators(turn)) for turn in look.turns()])
+    waves = torch.cat([analysis.directed_waves(a) for a in look.generators])
     keep = analysis.encodable_bins(waves)
     out = []
     for kind in ('dot', 'circle'):
@@ -94,7 +99,7 @@ def fourier(look: Look) -> Values:
 
 def equivariance(look: Look) -> Values:
     """What changes under shifts of up to 6 patches: scores of random queries and keys, and the logits of the images."""
-    turns = look.turns()
+    turns = look.turns
     steps = list(range(1, min(7, *turns[0].grid)))
     canvas = turns[0].grid  # of a Swin, the window
     matrices = [analysis.rotation_matrices(turn, canvas) for turn in turns]
@@ -121,14 +126,16 @@ def unit(axis: str, n: int) -> Any:
 
 def attention(look: Look) -> Values:
     """What the class token and the patch in the middle attend to in the last block, on up to three images."""
-    last = analysis.attention_maps(look.model, look.images[:3], layers=[-1])[0]
+    last = look.maps[-1]
     rows, columns = last.grid
-    out: Values = dict(name=last.name, window=last.weights.shape[0] != len(look.images[:3]), images=[])
+    windows = len(last.weights) // len(look.images)  # of an image; the first of them is shown
+    out: Values = dict(name=last.name, window=windows > 1, images=[])
     middle = analysis.query_map(last, rows // 2, columns // 2)
     token = analysis.cls_map(last) if last.prefix else None
     for i, image in enumerate(look.seen[:3]):
         out['images'].append(dict(
-            image=numbers(image), middle=numbers(middle[i]), token=None if token is None else numbers(token[i])))
+            image=numbers(image), middle=numbers(middle[i * windows]),
+            token=None if token is None else numbers(token[i])))
     return out
 
 

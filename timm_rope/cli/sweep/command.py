@@ -1,6 +1,5 @@
 """`python -m timm_rope sweep`: models over image sizes and rules for larger grids, each loaded once, resumable."""
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Dict, List
 import torch
 from timm.utils import ParseKwargs
 
-from .._common import integer_from
+from .._common import can_write, integer_from
 from .evaluate import Size
 from .rules import parse_rule
 from .tasks import Sweep
@@ -114,8 +113,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f'--rope-scaling and --model-kwargs {rivals} contradict each other: give one of them.')
     for option in ('results', 'csv', 'plot'):
         path, suffix = getattr(args, option), SUFFIXES[option]
-        if path is not None and (
-                path.suffix != suffix or path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        if path is not None and (path.suffix != suffix or not can_write(path)):
             raise ValueError(f'--{option} must be a file *{suffix} in a folder that can be written to, got {path}.')
     if args.csv is not None:
         check_csv(args.csv)
