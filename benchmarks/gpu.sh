@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU should run, most valuable first, in eight minutes: tests of the kernels by value,
-# doctor, whole models against timm's, the rotation alone, memory, training, timm's own scripts, large images.
+# Everything that a machine with a GPU should run, most valuable first, in eight minutes: tests of kernels and models by
+# value, doctor, whole models against timm's, the rotation alone, memory, training, timm's own scripts, large images.
 #
 #     OUT=/path/to/results benchmarks/gpu.sh
 #     benchmarks/gpu.sh fetch                   beforehand, where there is a network: fills .gpu/
@@ -113,7 +113,8 @@ print(gpu, f"python {sys.version.split()[0]}", f"CUDA {torch.version.cuda}", *ma
 gpu_tests() {  # compiling the kernels takes most of the time, so several workers do it
     local workers=()
     "$python" -c 'import xdist' 2> /dev/null && workers=(-n "${WORKERS:-8}")
-    "$python" -m pytest -m gpu -p no:cacheprovider -q --tb=short --durations=3 ${workers[@]+"${workers[@]}"} tests/kernels
+    "$python" -m pytest -m gpu -p no:cacheprovider -q --tb=short --durations=3 ${workers[@]+"${workers[@]}"} \
+        tests/kernels tests/models/test_gpu.py
     local code=$?
     [ "$code" = 5 ] || return "$code"  # 5: there are none
 }
@@ -190,7 +191,7 @@ if [ "$quick" = 1 ]; then
 else
     export STOCK="--model vit_small_rope_mixed --img-size 224 --batch-size 64"
     machine 2>&1 | tee -a "$log"
-    part tests 75 bash -c gpu_tests
+    part tests 120 bash -c gpu_tests
     part doctor 25 bash -c doctor
     part speed 90 "${speed[@]}" --rounds 7 --steps 5 $unit $ours $ports --batch 256 --precision bf16-autocast \
         --json "$OUT/speed.json"
