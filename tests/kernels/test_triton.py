@@ -175,11 +175,16 @@ def check_turn_back(case, device):
     assert result.shape == packed.shape and result.is_contiguous() and result.dtype == inputs.dtype
     assert payload_grad.shape == payload.shape and payload_grad.dtype == payload.dtype
     rest = rotation.rotated
-    for part, grad in enumerate((dq, dk)):
-        expected = inputs.transposed(torch.cat((grad[..., :rest], torch.zeros_like(grad[..., rest:])), -1))[..., :rest]
-        assert_rounded(result[:, :, part].transpose(1, 2)[..., :rest], expected)
-        assert torch.equal(bits(result[:, :, part, :, rest:]), bits(grad.transpose(1, 2)[..., rest:]))
-    assert torch.equal(bits(result[:, :, 2]), bits(dv.transpose(1, 2)))
+
+    def assert_turned_back(packed_grad):
+        for part, grad in enumerate((dq, dk)):
+            turning = torch.cat((grad[..., :rest], torch.zeros_like(grad[..., rest:])), -1)
+            turned = packed_grad[:, :, part].transpose(1, 2)
+            assert_rounded(turned[..., :rest], inputs.transposed(turning)[..., :rest])
+            assert torch.equal(bits(turned[..., rest:]), bits(grad[..., rest:]))
+        assert torch.equal(bits(packed_grad[:, :, 2]), bits(dv.transpose(1, 2)))
+
+    assert_turned_back(result)
 
     # the derivative of the formula by each entry of the payload, at the input that belongs to these outputs
     leaf = inputs.wide.clone().requires_grad_()
@@ -194,7 +199,8 @@ def check_turn_back(case, device):
         again, payload_again = triton_kernels.turn_back(dq, dk, dv, payload, rotation, q, k, True)
         assert torch.equal(bits(again), bits(result)) and torch.equal(bits(payload_again), bits(payload_grad))
     alone, none = triton_kernels.turn_back(dq, dk, dv, payload, rotation, None, None, False)
-    assert none is None and torch.equal(bits(alone), bits(result))
+    assert none is None
+    assert_turned_back(alone)  # but not bit for bit the same: the compiler may fuse other products and sums
 
 
 def check_empty(case, device):

@@ -36,7 +36,7 @@ def constants(kind: str, order: str, heads: int, groups: int, size: int, itemsiz
     """Compile-time arguments of both kernels."""
     wide, payload_step, payload_wide, each = size, 2, 2, 512  # pairs: 8 channels a thread
     if kind == 'triplets':
-        wide, payload_step, payload_wide, each = 1, 1, 1, 256
+        wide, payload_step, payload_wide, each = 1, 1, 1, 128  # one group a thread
     elif kind == 'blocks':
         payload_step = size * size
         if size <= 8:  # a thread holds a whole matrix
@@ -69,14 +69,15 @@ def describe(rotation: Rotation, heads: int, dtype: torch.dtype) -> Tuple[Any, .
 def images_per_program(tiles: int, batch: int, payload: Tensor, given: Dict[str, Any], payload_grad: bool) -> int:
     """Images that one program goes through, so that all programs run at once and keep the memory busy.
 
-    A multiprocessor has room for eight; for fewer of those kernels that take more than 64 registers a thread.
+    A multiprocessor has room for eight; for fewer of those kernels that take more than 64 registers a thread, and for
+    more of those that take fewer than 52.
     """
     if payload.ndim == 4:
         return 1
     programs = 8
     if given['KIND'] == 'blocks' and given['SIZE'] > 4:
         programs = 2 if payload_grad else 4
-    elif given['KIND'] == 'triplets' and payload_grad:
-        programs = 5
+    elif given['KIND'] == 'triplets':
+        programs = 6 if payload_grad else 10
     shares = programs * processors(payload.device.index) // tiles
     return triton.cdiv(batch, max(1, min(shares, batch)))  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 A tile is E consecutive groups of an image, counted through tokens, heads and the groups of a head. In registers it is
 (E, 2) for pairs, (E, 2, 2) with an empty place for triplets and (E, SIZE) for blocks; its payload is (E, 2), (E, 2, 2)
 and (E, SIZE, SIZE). One thread holds whole groups, so that the arithmetic exchanges nothing between threads; only
-blocks of 16, with 256 numbers in a matrix, are spread over several.
+blocks of 16, with 256 numbers in a matrix, are spread over several. Triplets are exchanged when they are written.
 """
 import triton
 import triton.language as tl
@@ -61,11 +61,11 @@ def load_groups(start, mask, step, KIND: tl.constexpr, SIZE: tl.constexpr, WIDE:
 def store_groups(start, groups, mask, KIND: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, E: tl.constexpr):
     """Write a tile to consecutive channels, in the type of the memory."""
     if KIND == 'triplets':
-        dtype: tl.constexpr = start.dtype.element_ty
-        a, b, c, _ = parts(groups)
-        tl.store(start, a.to(dtype), mask)
-        tl.store(start + 1, b.to(dtype), mask)
-        tl.store(start + 2, c.to(dtype), mask)
+        # If each thread wrote its own three channels one after the other, the memory would get every sector three times,
+        # a third of it each time: 2.4 times the time of pairs on an H100. So neighbours write neighbouring channels.
+        channel = tl.arange(0, 4)
+        rows = tl.reshape(groups, (E, 4)).to(start.dtype.element_ty)
+        tl.store(start[:, None] + channel[None, :], rows, mask[:, None] & (channel[None, :] < 3))
     else:
         store_rows(start, groups, mask, SIZE, WIDE, E)
 
