@@ -150,15 +150,26 @@ def check_turn(case, device):
     assert triton_kernels.supports(packed, inputs.payload, rotation)
     assert triton_kernels.turn_(packed, inputs.payload, rotation) is None
 
-    for part, old in enumerate(before.double().cpu().permute(2, 0, 3, 1, 4)[:2]):
-        expected = rotation(old, inputs.wide)[..., :rest]
-        assert_rounded(packed[:, :, part].transpose(1, 2)[..., :rest], expected)
+    expected = [rotation(old, inputs.wide)[..., :rest] for old in before.double().cpu().permute(2, 0, 3, 1, 4)[:2]]
+    for part in range(2):
+        assert_rounded(packed[:, :, part].transpose(1, 2)[..., :rest], expected[part])
     assert torch.equal(bits(packed[:, :, 2]), bits(before[:, :, 2])), 'v'
     assert torch.equal(bits(packed[..., rest:]), bits(before[..., rest:])), 'channels that belong to no group'
     assert torch.equal(packed[:, :inputs.prefix, :2], before[:, :inputs.prefix, :2]), 'prefix'
     assert torch.equal(bits(inputs.payload), payload), 'payload'
+    turned = packed.clone()
     packed.copy_(before)
     assert torch.equal(bits(inputs.memory), memory), 'memory beside'
+
+    copies = triton_kernels.turned_copy(packed, inputs.payload, rotation)
+    assert torch.equal(bits(inputs.memory), memory) and torch.equal(bits(inputs.payload), payload), 'only read'
+    assert len({x.untyped_storage().data_ptr() for x in copies}) == 3
+    for part, (copy, place) in enumerate(zip(copies, turned.permute(2, 0, 3, 1, 4))):
+        assert copy.shape == place.shape and torch.equal(bits(copy[..., rest:]), bits(place[..., rest:])), part
+        if part < 2:
+            assert_rounded(copy[..., :rest], expected[part])
+        else:
+            assert torch.equal(bits(copy), bits(place))
 
 
 def check_turn_back(case, device):
@@ -359,17 +370,16 @@ def compiled(case, kernel, dtype, capability):
     from timm_rope.kernels.triton import kernels as triton_kernels
 
     kind, order, groups, size, head_dim, width = case
-    shared = (kind, order, 6, groups, size, 4 if dtype == 'fp32' else 2)
-    if kernel == 'turn':
-        function, constants = triton_kernels.turn_kernel, triton_kernels.constants(*shared)
+    constants = triton_kernels.all_constants(head_dim, kind, order, 6, groups, size, 4 if dtype == 'fp32' else 2)
+    if kernel == 'back':
+        function, constants = triton_kernels.turn_back_kernel, dict(constants, WIDTH=width, PAYLOAD_GRAD=True)
     else:
-        function = triton_kernels.turn_back_kernel
-        constants = dict(triton_kernels.back_constants(head_dim, width, *shared), PAYLOAD_GRAD=True)
+        function, constants = triton_kernels.turn_kernel, dict(constants, IN_PLACE=kernel == 'turn')
     names = function.arg_names
     options = {name: value for name, value in constants.items() if name not in names}
     constants = {name: value for name, value in constants.items() if name in names}
     constants.update((name, 1) for name in names if name.endswith('_d'))
-    tensors = dict.fromkeys(('packed', 'dq', 'dk', 'dv', 'q', 'k'), f'*{dtype}')
+    tensors = dict.fromkeys(('packed', 'dq', 'dk', 'dv', 'q', 'k', 'q_out', 'k_out', 'v_out'), f'*{dtype}')
     tensors.update(payload='*fp32', partial='*fp32')
     signature = {name: 'constexpr' if name in constants else tensors.get(name, 'i32') for name in names}
     multiples = [name for name in names if name not in constants and name not in triton_kernels.RUNTIME]
@@ -391,7 +401,8 @@ PAIRS_64, TRIPLETS_64, BLOCKS_64 = (
     (PAIRS_64, 'turn', 'bf16', 90, True), (PAIRS_64, 'turn', 'fp32', 80, True),
     (PAIRS_64, 'back', 'bf16', 80, True), (PAIRS_64, 'back', 'fp16', 90, True),
     (TRIPLETS_64, 'turn', 'fp16', 80, False), (TRIPLETS_64, 'back', 'bf16', 90, False),
-    (BLOCKS_64, 'turn', 'bf16', 90, True), (BLOCKS_64, 'turn', 'fp32', 80, True)])
+    (BLOCKS_64, 'turn', 'bf16', 90, True), (BLOCKS_64, 'turn', 'fp32', 80, True),
+    (PAIRS_64, 'copy', 'bf16', 90, True), (TRIPLETS_64, 'copy', 'bf16', 90, False)])
 def test_kernels_compile_to_wide_loads_without_exchange(case, kernel, dtype, capability, wide, tmp_path, monkeypatch):
     import triton
 

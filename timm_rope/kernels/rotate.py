@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._precision import without_autocast
 from .._tracing import unobserved
 from ..rotations import Rotation
-from . import guard, routes
+from . import graph, guard, routes
 
 
 def rotate(
@@ -45,6 +45,10 @@ def rotate(
         raise ValueError(
             f'The payload is of {places} tokens, the queries and keys are of {tokens}: call the encoding with the grid '
             f'of these tokens, and if some were dropped or inserted, index its payload (axis -2) likewise.')
+    if torch.compiler.is_compiling():
+        name = graph.route_for(qkv, payload, rotation, num_heads)
+        if name:
+            return graph.rotate(qkv, payload, rotation, num_heads, name)
     route = routes.find_route(qkv, payload, rotation, num_heads)
     if route is None:
         q, k, v = unpack(qkv, num_heads)

@@ -65,6 +65,12 @@ class Route(Engine, Protocol):
     MADE_WITH: str  # and its version, for warnings
     ALL_OR_NOTHING: bool  # whether a `turn_` that raises an error has left its input as it was
 
+    def turned_copy(self, packed: Tensor, payload: Tensor, rotation: Rotation) -> Tuple[Tensor, Tensor, Tensor]:
+        """Turned queries and keys and a copy of the values, (B, H, N, D) each, in three memories (B, N, H, D).
+
+        Arguments are those of `turn_`; nothing that is given is changed.
+        """
+
 
 def few_rows(qkv: Tensor, payload: Tensor, rotation: Rotation) -> bool:
     """Whether there is little to turn by each matrix, so that gathering rows for products costs more than it gains.

@@ -12,6 +12,12 @@ class Rotation(nn.Module):
         groups: Number of groups, G.
         width: Width of the payload, W.
     """
+    kind = ''  # name of the formula of `forward`, by which kernels know it; '' for one of its own
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if 'forward' in vars(cls) and 'kind' not in vars(cls):
+            cls.kind = ''
 
     def __init__(self, head_dim: int, size: int, groups: int, width: int) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ class BlockRotation(Rotation):
     Here `freqs` holds the strict upper triangles of the generators, row by row: (2, L, H, G, b (b - 1) / 2).
     Payload: the G matrices, row-major.
     """
+    kind = 'blocks'
 
     def __init__(self, head_dim: int, size: int) -> None:
         groups = head_dim // size

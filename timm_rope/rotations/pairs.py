@@ -11,6 +11,7 @@ class PairRotation(Rotation):
 
     Payload: cosine and sine of the G angles, next to each other.
     """
+    kind = 'pairs'
 
     def __init__(self, head_dim: int, groups: int) -> None:
         super().__init__(head_dim, 2, groups, 2 * groups)

@@ -16,6 +16,7 @@ class TripletRotation(Rotation):
         order: Which axis acts first. 'yx': the roll by y, as the paper's equation; 'xy': the yaw by x, as the caption
             of its figure 2.
     """
+    kind = 'triplets'
 
     def __init__(self, head_dim: int, groups: int, order: str = 'yx') -> None:
         super().__init__(head_dim, 3, groups, 4 * groups)

@@ -54,6 +54,14 @@ def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
         x.copy_(wide)
 
 
+def turned_copy(packed: Tensor, payload: Tensor, rotation: Rotation) -> Tuple[Tensor, Tensor, Tensor]:
+    """Turned queries and keys and a copy of the values, (B, H, N, D) each, in three memories (B, N, H, D)."""
+    made = packed.contiguous().clone()
+    turn_(made, payload, rotation)
+    q, k, v = (x.clone(memory_format=torch.contiguous_format).transpose(1, 2) for x in made.unbind(2))
+    return q, k, v
+
+
 def turn_back(
         dq: Tensor, dk: Tensor, dv: Tensor, payload: Tensor, rotation: Rotation,
         q: Optional[Tensor], k: Optional[Tensor], payload_grad: bool,

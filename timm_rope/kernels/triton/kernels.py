@@ -1,4 +1,5 @@
-"""Triton route: one kernel turns packed queries and keys in place, one packs and un-rotates their gradients.
+"""Triton route: one kernel turns packed queries and keys, in place or into other memory, one packs and un-rotates
+their gradients.
 
 A program owns a tile of groups in a share of the batch: it reads the payload once, then goes from image to image.
 Arithmetic is in float32 registers. The gradient of a payload is summed there too and leaves one partial sum per share,
@@ -15,7 +16,7 @@ from triton.runtime import JITFunction
 
 from ...rotations import Rotation
 from .arithmetic import payload_gradient, turned, turned_back
-from .launch import back_constants, constants, describe, images_per_program, kind_of, processors
+from .launch import all_constants, describe, images_per_program, kind_of, processors
 from .tiles import load_groups, load_payload, places, store_groups, store_payload
 
 NAME = 'triton'
@@ -31,13 +32,16 @@ RUNTIME = ['batch', 'chunk', 'tokens', 'tiles']  # the compiler need not know wh
 
 @triton.jit(do_not_specialize=RUNTIME)
 def turn_kernel(
-        packed, payload,
+        packed, q_out, k_out, v_out, payload,
         packed_b, packed_n, packed_part, packed_h,
         payload_b, payload_h, payload_n,
         batch, chunk, tokens, tiles,
         KIND: tl.constexpr, YX: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
         WIDE: tl.constexpr, PAYLOAD_STEP: tl.constexpr, PAYLOAD_WIDE: tl.constexpr, E: tl.constexpr,
+        HEAD_DIM: tl.constexpr, V_COUNT: tl.constexpr, REST_COUNT: tl.constexpr, IN_PLACE: tl.constexpr,
 ):
+    ROTATED: tl.constexpr = GROUPS * SIZE
+    PART: tl.constexpr = HEADS * HEAD_DIM
     tile = tl.program_id(0) % tiles
     first = tl.program_id(0) // tiles * chunk
     image = first.to(tl.int64)
@@ -47,14 +51,35 @@ def turn_kernel(
     rotation = load_payload(rotation_at, mask, KIND, GROUPS, SIZE, PAYLOAD_WIDE, E)
 
     token, head, channel, mask = places(tile, tokens, HEADS, GROUPS, SIZE, WIDE, E)
-    at = packed + (token * packed_n + head * packed_h + channel)
+    at = token * packed_n + head * packed_h + channel
+    out_at = token * PART + head * HEAD_DIM + channel  # of queries, keys and values that are written elsewhere
+    if not IN_PLACE:
+        # V_COUNT and REST_COUNT: see `turn_back_kernel`
+        token, head, channel, v_mask = places(tile, tokens, HEADS, HEAD_DIM, 1, 1, V_COUNT)
+        v_at = token * packed_n + head * packed_h + channel
+        v_out_at = token * PART + head * HEAD_DIM + channel
+        if ROTATED < HEAD_DIM:
+            token, head, channel, rest_mask = places(tile, tokens, HEADS, HEAD_DIM - ROTATED, 1, 1, REST_COUNT)
+            channel += ROTATED
+            rest_at = token * packed_n + head * packed_h + channel
+            rest_out_at = token * PART + head * HEAD_DIM + channel
     for _ in range(first, min(first + chunk, batch)):
-        q_at = at + image * packed_b
+        q_at = packed + image * packed_b
         k_at = q_at + packed_part
-        q = load_groups(q_at, mask, 1, KIND, SIZE, WIDE, E)
-        k = load_groups(k_at, mask, 1, KIND, SIZE, WIDE, E)
-        store_groups(q_at, turned(q, rotation, KIND, YX), mask, KIND, SIZE, WIDE, E)
-        store_groups(k_at, turned(k, rotation, KIND, YX), mask, KIND, SIZE, WIDE, E)
+        q = load_groups(q_at + at, mask, 1, KIND, SIZE, WIDE, E)
+        k = load_groups(k_at + at, mask, 1, KIND, SIZE, WIDE, E)
+        if IN_PLACE:
+            store_groups(q_at + at, turned(q, rotation, KIND, YX), mask, KIND, SIZE, WIDE, E)
+            store_groups(k_at + at, turned(k, rotation, KIND, YX), mask, KIND, SIZE, WIDE, E)
+        else:
+            out = image * tokens * PART
+            v = tl.load(q_at + 2 * packed_part + v_at, v_mask)
+            store_groups(q_out + out + out_at, turned(q, rotation, KIND, YX), mask, KIND, SIZE, WIDE, E)
+            store_groups(k_out + out + out_at, turned(k, rotation, KIND, YX), mask, KIND, SIZE, WIDE, E)
+            tl.store(v_out + out + v_out_at, v, v_mask)
+            if ROTATED < HEAD_DIM:
+                tl.store(q_out + out + rest_out_at, tl.load(q_at + rest_at, rest_mask), rest_mask)
+                tl.store(k_out + out + rest_out_at, tl.load(k_at + rest_at, rest_mask), rest_mask)
         image += 1
 
 
@@ -138,7 +163,7 @@ def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
         return False
     if not (processors(packed.device.index) if packed.is_cuda else INTERPRETED and packed.device.type == 'cpu'):
         return False
-    if kind_of(rotation) is None or packed.ndim != 5:
+    if not kind_of(rotation) or packed.ndim != 5:
         return False
     batch, tokens, three, heads, head_dim = packed.shape
     shape, images = payload.shape[-3:], payload.shape[:-3]
@@ -169,17 +194,35 @@ def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
         ValueError: Not supported, see `supports`.
     """
     check_supported(packed, payload, rotation)
-    batch, tokens, _, heads, _ = packed.shape
+    _launch_turn(packed, (packed, packed, packed), payload, rotation, True)
+
+
+def turned_copy(packed: Tensor, payload: Tensor, rotation: Rotation) -> Tuple[Tensor, Tensor, Tensor]:
+    """Turned queries and keys and a copy of the values, (B, H, N, D) each, in memory of their own: (B, N, H, D).
+
+    Arguments and errors are those of `turn_`; nothing that is given is changed.
+    """
+    check_supported(packed, payload, rotation)
+    batch, tokens, _, heads, head_dim = packed.shape
+    out = tuple(packed.new_empty(batch, tokens, heads, head_dim) for _ in range(3))
+    _launch_turn(packed, out, payload, rotation, False)
+    q, k, v = (x.transpose(1, 2) for x in out)
+    return q, k, v
+
+
+def _launch_turn(
+        packed: Tensor, out: Tuple[Tensor, ...], payload: Tensor, rotation: Rotation, in_place: bool) -> None:
+    batch, tokens, _, heads, head_dim = packed.shape
     if packed.numel() == 0:
         return
-    given = constants(*describe(rotation, heads, packed.dtype))
+    given = all_constants(head_dim, *describe(rotation, heads, packed.dtype))
     tiles = triton.cdiv(tokens * heads * rotation.groups, given['E'])
     chunk = images_per_program(tiles, batch, payload, given, False)
     stride_b, stride_n, stride_part, stride_h, _ = packed.stride()
     with torch.cuda.device_of(packed):
         turn_kernel[(tiles * triton.cdiv(batch, chunk),)](
-            packed, payload, stride_b, stride_n, stride_part, stride_h, *payload_strides(payload),
-            batch, chunk, tokens, tiles, **given)
+            packed, *out, payload, stride_b, stride_n, stride_part, stride_h, *payload_strides(payload),
+            batch, chunk, tokens, tiles, **given, IN_PLACE=in_place)
 
 
 def turn_back(
@@ -217,7 +260,7 @@ def turn_back(
                 f'{tensor.dtype} on {tensor.device}.')
     if packed.numel() == 0:
         return packed, torch.zeros_like(payload) if payload_grad else None
-    given = back_constants(head_dim, rotation.width, *describe(rotation, heads, dq.dtype))
+    given = all_constants(head_dim, *describe(rotation, heads, dq.dtype))
     tiles = triton.cdiv(tokens * heads * rotation.groups, given['E'])
     chunk = images_per_program(tiles, batch, payload, given, payload_grad)
     shares = triton.cdiv(batch, chunk)
@@ -228,7 +271,7 @@ def turn_back(
         turn_back_kernel[(tiles * shares,)](
             dq, dk, dv, q, k, payload, packed, partial,
             *dq.stride(), *dk.stride(), *dv.stride(), *q.stride(), *k.stride(), *payload_strides(payload),
-            batch, chunk, tokens, tiles, **given, PAYLOAD_GRAD=payload_grad)
+            batch, chunk, tokens, tiles, **given, WIDTH=rotation.width, PAYLOAD_GRAD=payload_grad)
     return packed, summed(partial, payload) if payload_grad else None
 
 

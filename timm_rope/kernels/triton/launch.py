@@ -9,17 +9,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ...rotations import BlockRotation, PairRotation, Rotation, TripletRotation
+from ...rotations import Rotation, TripletRotation
 
 BLOCK_SIZES = (2, 4, 8, 16)  # what a tile can be reshaped to, and whose matrices fit in registers
 
 
-def kind_of(rotation: Rotation) -> Optional[str]:
-    """Name of the mathematics in the kernels; None for rotations that turn by a formula of their own."""
-    for cls, kind in ((PairRotation, 'pairs'), (TripletRotation, 'triplets'), (BlockRotation, 'blocks')):
-        if isinstance(rotation, cls) and type(rotation).forward is cls.forward:
-            return kind if kind != 'blocks' or rotation.size in BLOCK_SIZES else None
-    return None
+def kind_of(rotation: Rotation) -> str:
+    """Name of the mathematics in the kernels, '' for rotations that they do not know."""
+    return rotation.kind if rotation.kind != 'blocks' or rotation.size in BLOCK_SIZES else ''
 
 
 @cache
@@ -33,7 +30,7 @@ def processors(index: Optional[int]) -> int:
 
 @cache
 def constants(kind: str, order: str, heads: int, groups: int, size: int, itemsize: int) -> Dict[str, Any]:
-    """Compile-time arguments of both kernels."""
+    """Compile-time arguments of both kernels that say what is turned, and how."""
     wide, payload_step, payload_wide, each = size, 2, 2, 512  # pairs: 8 channels a thread
     if kind == 'triplets':
         wide, payload_step, payload_wide, each = 1, 1, 1, 128  # one group a thread
@@ -49,13 +46,13 @@ def constants(kind: str, order: str, heads: int, groups: int, size: int, itemsiz
 
 
 @cache
-def back_constants(head_dim: int, width: int, *shared: Any) -> Dict[str, Any]:
-    """Compile-time arguments of the kernel that goes back."""
+def all_constants(head_dim: int, *shared: Any) -> Dict[str, Any]:
+    """Compile-time arguments of both kernels, with the tiles for channels that are only copied."""
     given = constants(*shared)
     each, groups = given['E'], given['GROUPS']
     rest = max(1, head_dim - groups * given['SIZE'])
     return dict(
-        **given, HEAD_DIM=head_dim, WIDTH=width,
+        **given, HEAD_DIM=head_dim,
         V_COUNT=triton.next_power_of_2(triton.cdiv(each * head_dim, groups)),
         REST_COUNT=triton.next_power_of_2(triton.cdiv(each * rest, groups)))
 

@@ -61,8 +61,8 @@ def load_groups(start, mask, step, KIND: tl.constexpr, SIZE: tl.constexpr, WIDE:
 def store_groups(start, groups, mask, KIND: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, E: tl.constexpr):
     """Write a tile to consecutive channels, in the type of the memory."""
     if KIND == 'triplets':
-        # If each thread wrote its own three channels one after the other, the memory would get every sector three times,
-        # a third of it each time: 2.4 times the time of pairs on an H100. So neighbours write neighbouring channels.
+        # If each thread wrote its three channels one after the other, the memory would get every sector three times, a
+        # third of it each time: 2.4 times the time of pairs on an H100. So neighbours write neighbouring channels.
         channel = tl.arange(0, 4)
         rows = tl.reshape(groups, (E, 4)).to(start.dtype.element_ty)
         tl.store(start[:, None] + channel[None, :], rows, mask[:, None] & (channel[None, :] < 3))
