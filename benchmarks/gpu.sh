@@ -15,8 +15,9 @@
 #
 # `fetch` puts into .gpu/ what may be missing on a machine without a network: a wheel of timm, used only where timm is
 # not installed or too old, and timm's scripts. Git ignores .gpu/; where the working tree is copied, name it.
-# Every part has a time limit of its own and none gets more than what is left, so that a slow one cannot eat the rest;
-# its JSON file has what it measured until then, marked as unfinished. OUT/log.txt has the output of all parts, and
+# What only asks whether something works runs side by side, and with it the compilation of what is timed afterwards, for
+# torch's cache; what is timed runs alone. Every part has a time limit of its own and none gets more than what is left, so
+# that a slow one cannot eat the rest; its JSON file has what it measured until then, marked as unfinished. OUT/log.txt has the output of all parts, and
 # machine.txt, written first, says what they ran on. The exit status is 1 if a part failed.
 set -uo pipefail
 
@@ -69,7 +70,7 @@ fi
 
 status=0
 deadline=$((SECONDS + 60 * ${MINUTES:-8}))
-part() {  # NAME SECONDS COMMAND...
+part() {  # NAME SECONDS COMMAND..., alone
     local name=$1 seconds=$2 begin=$SECONDS code left=$((deadline - SECONDS))
     shift 2
     if [ "$left" -lt 5 ]; then
@@ -87,6 +88,20 @@ part() {  # NAME SECONDS COMMAND...
         *) result="failed with status $code" status=1 ;;
     esac
     echo "== $name: $result after $((SECONDS - begin)) s" | tee -a "$log"
+}
+
+names=() jobs=()
+beside() {  # NAME SECONDS COMMAND..., beside others that are begun likewise
+    (log=/dev/null; part "$@"; exit $status) > "$scratch/$1.out" 2>&1 &
+    names+=("$1") jobs+=($!)
+}
+finish() {  # wait for all that were begun, and show what they said
+    local i
+    for i in "${!names[@]}"; do
+        wait "${jobs[$i]}" || status=1
+        tee -a "$log" < "$scratch/${names[$i]}.out"
+    done
+    names=() jobs=()
 }
 
 # -- the parts that are more than one command
@@ -114,7 +129,7 @@ gpu_tests() {  # compiling the kernels takes most of the time, so several worker
     local workers=()
     "$python" -c 'import xdist' 2> /dev/null && workers=(-n "${WORKERS:-8}")
     "$python" -m pytest -m gpu -p no:cacheprovider -q --tb=short --durations=3 ${workers[@]+"${workers[@]}"} \
-        tests/kernels tests/models/test_gpu.py
+        tests/kernels tests/rotations tests/models/test_gpu.py
     local code=$?
     [ "$code" = 5 ] || return "$code"  # 5: there are none
 }
@@ -172,36 +187,44 @@ if [ "$quick" = 1 ]; then
     export WORKERS=2 STOCK_IMAGES=32
     export STOCK="--model vit_tiny_rope_mixed --model-kwargs embed_dim=24 depth=2 num_heads=2 --img-size 32
         --batch-size 16 --device cpu"
+    compiled="$unit vit_small_rope_axial"
+    compile=("${common[@]}" --model-args $tiny --batch 2 --size 32 --mode eval --precision bf16-autocast --run compile)
     machine 2>&1 | tee -a "$log"
-    part tests 200 bash -c gpu_tests
-    part doctor 60 bash -c doctor
+    beside tests 200 bash -c gpu_tests
+    beside doctor 120 bash -c doctor
+    beside train 200 "$python" benchmarks/train_loop.py --device cpu --steps 200 --batch 32 \
+        vit_tiny_rope_mixed,embed_dim=48,num_heads=2,depth=2 --json "$OUT/train.json"
+    beside stock 200 bash -c stock
+    finish
     part speed 120 "${speed[@]}" "${common[@]}" $unit $ours $ports --model-args $tiny --batch 2 --size 32 \
         --precision bf16-autocast --json "$OUT/speed.json"
-    part compile 300 "${speed[@]}" "${common[@]}" $unit vit_small_rope_axial --model-args $tiny --batch 2 --size 32 \
-        --mode eval --precision bf16-autocast --run compile --json "$OUT/speed_compile.json"
+    part compile 300 "${speed[@]}" "${compile[@]}" $compiled --json "$OUT/speed_compile.json"
     part rotation 120 "$python" benchmarks/rotation.py "${common[@]}" --heads 1 --shapes 2x5 \
         --json "$OUT/rotation.json"
     part memory 120 "$python" benchmarks/memory.py "${common[@]}" $unit vit_small_rope_mixed --model-args $tiny \
         --batch 2 --size 32 --precision bf16-autocast --json "$OUT/memory.json"
-    part train 120 "$python" benchmarks/train_loop.py --device cpu --steps 200 --batch 32 \
-        vit_tiny_rope_mixed,embed_dim=48,num_heads=2,depth=2 --json "$OUT/train.json"
-    part stock 120 bash -c stock
     part large 120 "${speed[@]}" "${common[@]}" $unit vit_small_rope_axial --model-args $tiny --batch 1 --size 64 \
         --precision bf16-autocast --json "$OUT/speed_large.json"
 else
     export STOCK="--model vit_small_rope_mixed --img-size 224 --batch-size 64"
+    compiled="$unit vit_small_rope_axial vit_small_rope_mixed vit_small_rope_spherical vit_small_rope_liere"
+    compile=(--rounds 7 --steps 5 --batch 256 --precision bf16-autocast --run compile)
     machine 2>&1 | tee -a "$log"
-    part tests 120 bash -c gpu_tests
-    part doctor 25 bash -c doctor
-    part speed 90 "${speed[@]}" --rounds 7 --steps 5 $unit $ours $ports --batch 256 --precision bf16-autocast \
+    beside tests 150 bash -c gpu_tests
+    beside doctor 100 bash -c doctor
+    beside train 100 "$python" benchmarks/train_loop.py vit_tiny_rope_mixed vit_tiny_rope_liere --steps 150 \
+        --json "$OUT/train.json"
+    beside stock 100 bash -c stock
+    for model in $compiled; do
+        beside "warm-$model" 120 "${speed[@]}" "${compile[@]}" --rounds 1 --steps 1 $model
+    done
+    finish
+    part speed 75 "${speed[@]}" --rounds 7 --steps 5 $unit $ours $ports --batch 256 --precision bf16-autocast \
         --json "$OUT/speed.json"
-    part compile 120 "${speed[@]}" --rounds 7 --steps 5 $unit vit_small_rope_axial vit_small_rope_mixed \
-        vit_small_rope_spherical --batch 256 --precision bf16-autocast --run compile --json "$OUT/speed_compile.json"
+    part compile 150 "${speed[@]}" "${compile[@]}" $compiled --json "$OUT/speed_compile.json"
     part rotation 40 "$python" benchmarks/rotation.py --json "$OUT/rotation.json"
-    part memory 30 "$python" benchmarks/memory.py --precision bf16-autocast --rounds 1 --json "$OUT/memory.json"
-    part train 35 "$python" benchmarks/train_loop.py --json "$OUT/train.json"
-    part stock 40 bash -c stock
-    part large 25 "${speed[@]}" --rounds 5 --steps 3 $unit $ours $ports --batch 8 --size 1024 \
+    part memory 40 "$python" benchmarks/memory.py --precision bf16-autocast --rounds 1 --json "$OUT/memory.json"
+    part large 50 "${speed[@]}" --rounds 5 --steps 3 $unit $ours $ports --batch 8 --size 1024 \
         --precision bf16-autocast --json "$OUT/speed_large.json"
 fi
 echo "== all parts ended after $SECONDS s, status $status" | tee -a "$log"

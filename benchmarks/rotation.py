@@ -11,6 +11,8 @@ says which one auto, or a fallback, was. The copy reads and writes q and k once,
   Below zero where splitting the projection without a rotation costs more than the route that does both.
 
 Copy, rotations and routes take turns, so that each ratio is one of neighbours in time. Small sizes stay in the cache.
+On a GPU each is recorded as a CUDA graph and replayed: the time is that of the GPU, not of Python, which takes longer
+to launch most of them than they take to run.
 """
 import argparse
 import itertools
@@ -84,6 +86,22 @@ class chosen:
             os.environ[VARIABLE] = self.before
 
 
+def without_python(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """The same work as replays of a CUDA graph; on a CPU the step itself."""
+    if device.type != 'cuda':
+        return step
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def grid_of(tokens: int) -> Tuple[Tuple[int, int], int]:
     """Square grid of a number of tokens, and whether there is a class token in front of it."""
     for prefix in (0, 1):
@@ -102,32 +120,34 @@ def measure(args: argparse.Namespace, shape: Tuple[int, int], dtype: str) -> Lis
     for spec in args.encodings:
         cases: Dict[str, Case] = {}
         errors: Dict[str, str] = {}
-        steps: Dict[str, Callable[[], Any]] = {'copy': lambda: target.copy_(source)}
+        steps = {'copy': without_python(lambda: target.copy_(source), args.device)}
         for route in args.routes:
             try:
                 case = Case(spec, route, shape, args.heads, like)
-                case.training()
+                forward, training, without = (
+                    without_python(step, args.device) for step in (case.forward, case.training, case.training_without))
+                training()
             except Exception as error:  # a route that cannot take this input says so
                 errors[route] = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
                 continue
             cases[route] = case
-            steps.setdefault('without', case.training_without)
-            steps.update({f'{route} forward': case.forward, f'{route} training': case.training})
+            steps.setdefault('without', without)
+            steps.update({f'{route} forward': forward, f'{route} training': training})
         seconds = in_turns(steps, args.device, args.rounds, args.steps)
         for route in args.routes:
             row: Row = dict(encoding=spec.text, route=route, took=None, batch=shape[0], tokens=shape[1], dtype=dtype,
                             error=errors.get(route))
             if route in cases:
-                forward, training = seconds[f'{route} forward'], seconds[f'{route} training']
+                forward_s, training_s = seconds[f'{route} forward'], seconds[f'{route} training']
                 row.update(
-                    took=cases[route].took, forward_ms=1000 * statistics.median(forward),
-                    training_ms=1000 * statistics.median(training),
+                    took=cases[route].took, forward_ms=1000 * statistics.median(forward_s),
+                    training_ms=1000 * statistics.median(training_s),
                     without_ms=1000 * statistics.median(seconds['without']),
                     copy_ms=1000 * statistics.median(seconds['copy']),
-                    gigabytes_per_second=moved / statistics.median(forward) / 1e9,
-                    forward_copies=statistics.median(a / b for a, b in zip(forward, seconds['copy'])),
+                    gigabytes_per_second=moved / statistics.median(forward_s) / 1e9,
+                    forward_copies=statistics.median(a / b for a, b in zip(forward_s, seconds['copy'])),
                     training_copies=statistics.median(
-                        (a - b) / c for a, b, c in zip(training, seconds['without'], seconds['copy'])))
+                        (a - b) / c for a, b, c in zip(training_s, seconds['without'], seconds['copy'])))
                 row['fraction_of_copy'] = 1 / row['forward_copies']
             rows.append(row)
     return rows

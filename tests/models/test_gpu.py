@@ -85,6 +85,31 @@ def test_other_sizes(encoding, size):
         assert_near(model.cuda()(x.cuda()), expected)
 
 
+@pytest.mark.parametrize('encoding', list_ropes())
+def test_no_step_waits_for_the_gpu(encoding):
+    """Neither evaluation nor training reads a number back, which would keep Python from running ahead."""
+    model, x = vit(encoding).cuda(), images().cuda()
+    target = torch.arange(3, device='cuda')
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+
+    def train():
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+
+    def evaluate():
+        with torch.no_grad():
+            model(x)
+
+    for run in (train, evaluate):
+        run()  # kernels are tried, payloads cached
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('encoding', list_ropes())
 def test_autocast(encoding, dtype):

@@ -70,7 +70,10 @@ class _GridExponentials(torch.autograd.Function):
     @staticmethod
     def forward(ctx, freqs: Tensor, y: Tensor, x: Tensor, size: int, learning: bool) -> Tensor:
         ctx.save_for_backward(freqs, y, x)
-        ctx.size, ctx.plan = size, grid_exponentials.plan(freqs, y, x, size)
+        ctx.size, ctx.gpu = size, grid_exponentials.kernels_for(freqs, size) if learning else None
+        if ctx.gpu is not None:
+            return ctx.gpu.forward(freqs, y, x)
+        ctx.plan = grid_exponentials.plan(freqs, y, x, size)
         # where it is made anew in every step, squarings in float64 would take most of the time
         squared_in = freqs.dtype if learning or freqs.device.type == 'mps' else torch.float64
         return grid_exponentials.forward(freqs, y, x, size, ctx.plan, squared_in)
@@ -85,6 +88,8 @@ class _GridExponentials(torch.autograd.Function):
                 with torch.enable_grad():
                     out = _plain_table(freqs, y, x, ctx.size)
                     return (*torch.autograd.grad(out, freqs, grad, create_graph=further), None, None, None, None)
+            if ctx.gpu is not None:
+                return ctx.gpu.backward(grad, freqs, y, x), None, None, None, None
             return grid_exponentials.backward(grad, freqs, y, x, ctx.size, ctx.plan), None, None, None, None
 
 

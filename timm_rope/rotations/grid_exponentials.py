@@ -17,7 +17,9 @@ Shapes: L layers, H heads, G pairs of generators to a head, P = L H G, N positio
 b size of a matrix.
 """
 import math
-from typing import List, NamedTuple
+from functools import cache
+from types import ModuleType
+from typing import List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -41,6 +43,21 @@ def skew(triangle: Tensor, size: int) -> Tensor:
     index[column, row] = entry + triangle.shape[-1]
     entries = torch.cat((triangle, -triangle, torch.zeros_like(triangle[..., :1])), dim=-1)
     return entries.index_select(-1, index.flatten()).unflatten(-1, [size, size])
+
+
+def kernels_for(freqs: Tensor, size: int) -> Optional[ModuleType]:
+    """`gpu_exponentials`, if it makes the exponentials of these generators."""
+    gpu = _gpu_kernels() if freqs.is_cuda else None
+    return gpu if gpu is not None and gpu.takes(freqs, size) else None
+
+
+@cache
+def _gpu_kernels() -> Optional[ModuleType]:
+    try:
+        from . import gpu_exponentials  # needs Triton, which is not everywhere
+    except ImportError:
+        return None
+    return gpu_exponentials
 
 
 class Plan(NamedTuple):
@@ -187,6 +204,9 @@ def _chunks(matrices: Tensor) -> List[slice]:
 @torch.library.custom_op('timm_rope::grid_exponentials', mutates_args=())
 def operator(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     """`forward`, squared in the dtype of `freqs`: a graph makes the matrices anew whenever it runs."""
+    gpu = kernels_for(freqs, size)
+    if gpu is not None:
+        return gpu.forward(freqs, y, x)  # type: ignore[no-any-return]
     with without_autocast(freqs):
         return forward(freqs, y, x, size, plan(freqs, y, x, size), freqs.dtype)
 
@@ -194,6 +214,9 @@ def operator(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 @torch.library.custom_op('timm_rope::grid_exponentials_backward', mutates_args=())
 def operator_backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     """`backward`, with the plan made again."""
+    gpu = kernels_for(freqs, size)
+    if gpu is not None:
+        return gpu.backward(grad, freqs, y, x)  # type: ignore[no-any-return]
     with without_autocast(freqs):
         return backward(grad, freqs, y, x, size, plan(freqs, y, x, size))
 
