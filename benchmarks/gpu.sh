@@ -198,7 +198,7 @@ if [ "$quick" = 1 ]; then
     finish
     part speed 120 "${speed[@]}" "${common[@]}" $unit $ours $ports --model-args $tiny --batch 2 --size 32 \
         --precision bf16-autocast --json "$OUT/speed.json"
-    part compile 300 "${speed[@]}" "${compile[@]}" $compiled --json "$OUT/speed_compile.json"
+    part compile 300 "${speed[@]}" $compiled "${compile[@]}" --json "$OUT/speed_compile.json"
     part rotation 120 "$python" benchmarks/rotation.py "${common[@]}" --heads 1 --shapes 2x5 \
         --json "$OUT/rotation.json"
     part memory 120 "$python" benchmarks/memory.py "${common[@]}" $unit vit_small_rope_mixed --model-args $tiny \
@@ -216,12 +216,12 @@ else
         --json "$OUT/train.json"
     beside stock 100 bash -c stock
     for model in $compiled; do
-        beside "warm-$model" 120 "${speed[@]}" "${compile[@]}" --rounds 1 --steps 1 $model
+        beside "warm-$model" 120 "${speed[@]}" $model "${compile[@]}" --rounds 1 --steps 1
     done
     finish
     part speed 75 "${speed[@]}" --rounds 7 --steps 5 $unit $ours $ports --batch 256 --precision bf16-autocast \
         --json "$OUT/speed.json"
-    part compile 150 "${speed[@]}" "${compile[@]}" $compiled --json "$OUT/speed_compile.json"
+    part compile 150 "${speed[@]}" $compiled "${compile[@]}" --json "$OUT/speed_compile.json"
     part rotation 40 "$python" benchmarks/rotation.py --json "$OUT/rotation.json"
     part memory 40 "$python" benchmarks/memory.py --precision bf16-autocast --rounds 1 --json "$OUT/memory.json"
     part large 50 "${speed[@]}" --rounds 5 --steps 3 $unit $ours $ports --batch 8 --size 1024 \
