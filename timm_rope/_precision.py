@@ -24,4 +24,9 @@ def widest(tensor: Tensor) -> Tensor:
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Context in which matrix products keep the dtype of their operands."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+@torch.compiler.assume_constant_result  # dynamo cannot ask this itself before torch 2.12
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)

@@ -9,12 +9,17 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
-def _exporting() -> bool:
+def is_exporting() -> bool:
+    """Whether `torch.export` is recording."""
+    if hasattr(torch.compiler, 'is_exporting'):  # torch 2.7
+        return _is_exporting()
     # an export that dynamo runs (strict, the default of those releases) looks like compilation
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
-is_exporting = getattr(torch.compiler, 'is_exporting', _exporting)  # torch 2.7
+@torch.compiler.assume_constant_result  # dynamo of torch 2.11 takes every compilation for an export
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 @torch.jit.unused
@@ -26,9 +31,12 @@ def recording() -> bool:
 @torch.jit.unused
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode AD is active; may be asked in compiled code, too."""
-    # in compiled code the stack is never None, but its type is known there
-    level = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
-    return level or forward_mode()
+    return _in_a_transform() or forward_mode()
+
+
+@torch.compiler.assume_constant_result  # dynamo enters transforms for real while it traces, and guards on them
+def _in_a_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @torch.jit.unused

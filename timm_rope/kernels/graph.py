@@ -5,7 +5,8 @@ Inductor makes kernels of the formula, too, but slower ones: on an H100 a compil
 
 Without gradients queries and keys turn in place, as in eager mode. With gradients they are written to new memory, the
 values too, since an operator may not return a view of what it was given. The backward pass packs and turns back in one
-sweep. Whether a route works is tried when the graph is made, on the device itself; an exported graph has the formula.
+sweep. Whether a route works is tried when the graph is made, on the device itself; a route that fails later ends the
+run. An exported graph has the formula.
 """
 from functools import cache
 from typing import Any, Dict, Tuple
@@ -45,9 +46,15 @@ def _that_works(
     packed = torch.empty(1, 2, 3, num_heads, head_dim, device=device, dtype=dtype)
     heads = 1 if shared else num_heads
     payload = torch.empty(*((1,) if per_image else ()), heads, 2, rotation.width, device=device, dtype=payload_dtype)
-    works = route.supports(packed, payload, rotation) and guard.may_turn(
-        route, packed, payload, rotation, choice != 'auto')
-    return name if works else ''
+    forced = choice != 'auto'
+    if not route.supports(packed, payload, rotation) or not guard.may_turn(route, packed, payload, rotation, forced):
+        return ''
+    try:
+        route.turned_copy(packed, payload, rotation)
+    except Exception as error:  # the guard has not tried this one
+        guard.failed(route, device, error, forced)
+        return ''
+    return name
 
 
 @cache

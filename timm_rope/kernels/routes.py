@@ -104,7 +104,8 @@ TABLE = (
     Row('cpu', HALF, PairRotation, 'inplace', '1.5, 4.8'),
     Row('cpu', HALF, TripletRotation, 'inplace', '2.8, 5.4'),
     Row('cpu', HALF, BlockRotation, 'inplace', 'blocks of 8: 5.2, 5.1; less memory in training'),
-    Row('cuda', (torch.float32, *HALF), Rotation, 'triton', 'not measured; a third of the bytes of the formula'),
+    Row('cuda', (torch.float32, *HALF), Rotation, 'triton',
+        'an H100, batch 256, bf16: pairs 0.061, 0.97; triplets 0.081, 1.5; blocks of 8: 0.065, 0.76; a copy 0.055'),
 )
 
 
