@@ -210,7 +210,7 @@ else
     compiled="$unit vit_small_rope_axial vit_small_rope_mixed vit_small_rope_spherical vit_small_rope_liere"
     compile=(--rounds 7 --steps 5 --batch 256 --precision bf16-autocast --run compile)
     machine 2>&1 | tee -a "$log"
-    beside tests 150 bash -c gpu_tests
+    beside tests 120 bash -c gpu_tests
     beside doctor 100 bash -c doctor
     beside train 100 "$python" benchmarks/train_loop.py vit_tiny_rope_mixed vit_tiny_rope_liere --steps 150 \
         --json "$OUT/train.json"

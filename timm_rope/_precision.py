@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ._tracing import recording
+from ._tracing import constant_in_graphs, recording
 
 
 def widest(tensor: Tensor) -> Tensor:
@@ -27,6 +27,6 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
 
 
-@torch.compiler.assume_constant_result  # dynamo cannot ask this itself before torch 2.12
+@constant_in_graphs  # dynamo cannot ask this itself before torch 2.12
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)

@@ -14,7 +14,7 @@ from typing import Any, Dict, Tuple
 import torch
 from torch import Tensor
 
-from .._tracing import recording, transformed
+from .._tracing import constant_in_graphs, recording, transformed
 from ..rotations import BlockRotation, PairRotation, Rotation, TripletRotation
 from . import guard, routes
 
@@ -33,7 +33,7 @@ def route_for(qkv: Tensor, payload: Tensor, rotation: Rotation, num_heads: int) 
         num_heads, rotation.kind, rotation.groups, rotation.size, getattr(rotation, 'order', ''))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _that_works(
         device: torch.device, dtype: torch.dtype, payload_dtype: torch.dtype, shared: bool, per_image: bool,
         head_dim: int, num_heads: int, kind: str, groups: int, size: int, order: str) -> str:
