@@ -1,6 +1,9 @@
 """What a program switches on around a model, for a whole process or a block of code: modes, patches, devices."""
+import contextlib
+import copy
 import functools
 
+import foreign
 import pytest
 import timm
 import torch
@@ -8,7 +11,10 @@ from tiny import make
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from timm_rope import analysis, convert_encoding, list_ropes
 from timm_rope._tracing import unobserved, writable
+from timm_rope.kernels.cpu import products
+from timm_rope.weights.layouts import recognise
 
 SWIN = dict(img_size=56, patch_size=4, window_size=7, embed_dim=24, depths=(1, 1), num_heads=(2, 4), num_classes=5)
 
@@ -99,3 +105,84 @@ def test_where_nobody_looks_on_queries_turn_in_place():
         assert writable(torch.ones(2)), 'a device as a context keeps nothing'
     nodes = torch.fx.symbolic_trace(make()).graph.nodes
     assert not any(node.target in ('clone', torch.clone) for node in nodes), 'the tracer of FX patches torch, too'
+
+
+# -- a default device around the use of a model that is on another one
+
+def lives(family, encoding):
+    """What happens to a new model, step by step: functions that return tensors."""
+    if family == 'vit':
+        model = make(f'vit_tiny_rope_{encoding}_ape', patch_drop_rate=0.2, reg_tokens=1, rope_shift=0.1)
+        small, large = (32, 32), (48, 40)
+    else:
+        model, (small, large) = swin(encoding, rel_pos_bias=True), ((56, 56), (112, 84))
+    x, y = (torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)) for size in (small, large))
+
+    def evaluate(image):
+        with torch.no_grad():
+            return [model.eval()(image)]
+
+    def train():
+        out = model.train()(x)
+        out.square().sum().backward()
+        return [out, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    def load(**kwargs):
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(state, **kwargs)
+        return list(state.values())
+
+    def convert():
+        converted = convert_encoding(model, TARGETS[encoding])
+        return [converted.eval()(y), *converted.state_dict().values()]
+
+    def resize():
+        model.set_input_size(large, rope_scaling='interpolate')
+        return evaluate(y)
+
+    return [
+        lambda: evaluate(x), train, load, lambda: load(assign=True), lambda: evaluate(y), convert, resize,
+        lambda: [*copy.deepcopy(model).double().state_dict().values()], lambda: evaluate(x)]
+
+
+TARGETS = {
+    **dict.fromkeys(list_ropes(), 'mixed'), **dict.fromkeys(('spherical', 'spherical_learned'), 'spherical_learned'),
+    'liere': 'liere'}
+
+
+@pytest.mark.parametrize('family', MODELS)
+@pytest.mark.parametrize('encoding', list_ropes())
+def test_a_default_device_does_not_matter_to_a_model_on_another(family, encoding):
+    results = []
+    for context in (contextlib.nullcontext(), torch.device('meta')):
+        products.row_numbers.cache_clear()
+        results.append([])
+        for step in lives(family, encoding):
+            torch.manual_seed(5)
+            with context:
+                results[-1].append([t.detach().clone() for t in step()])
+    for number, (plain, other) in enumerate(zip(*results)):
+        assert len(plain) == len(other) and all(map(torch.equal, plain, other)), f'step {number}'
+
+
+def test_a_default_device_does_not_matter_to_analysis():
+    turn, pixels = analysis.rotary_layers(make())[0], torch.rand(2, 3, 8, 8)
+
+    def numbers():
+        matrices = analysis.rotation_matrices(turn, (3, 4))
+        return (
+            analysis.rotation_error(matrices, (3, 4)), analysis.score_shift_error(matrices, (3, 4), (1, 0)),
+            analysis.shuffle_patches(pixels, (2, 2)))
+
+    expected = numbers()
+    with torch.device('meta'):
+        assert all(map(torch.equal, numbers(), expected))
+
+
+@pytest.mark.parametrize('make_up', [foreign.naver_vit, foreign.spiral_deit, foreign.liere_lightning])
+def test_a_default_device_does_not_matter_to_weights(make_up):
+    checkpoint = make_up()
+    expected = recognise(checkpoint).tensors
+    with torch.device('meta'):
+        tensors = recognise(checkpoint).tensors
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[k], v) for k, v in expected.items())

@@ -29,7 +29,7 @@ class SavedState(HasReferenceGrid):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fill every tensor of the module, also after `to_empty`."""
-        self.reference_grid.copy_(torch.tensor(self._initial_grid))
+        self.reference_grid.copy_(torch.tensor(self._initial_grid, device='cpu'))
         self.signature.copy_(write_signature(self._signature, self._initial_grid))
         self._fill_freqs()
 

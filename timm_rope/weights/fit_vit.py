@@ -123,7 +123,8 @@ def _fill_reference_grid(model: Any, state_dict: Dict[str, Any], prefix: str) ->
     input_size = getattr(model, 'pretrained_cfg', {}).get('input_size')
     if f'{prefix}{GRID}' not in state_dict and input_size is not None:
         patch = model.patch_embed.patch_size
-        state_dict[f'{prefix}{GRID}'] = torch.tensor([input_size[-2] // patch[0], input_size[-1] // patch[1]])
+        grid = [input_size[-2] // patch[0], input_size[-1] // patch[1]]
+        state_dict[f'{prefix}{GRID}'] = torch.tensor(grid, device='cpu')
 
 
 def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
@@ -142,7 +143,7 @@ def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> No
         grid = target
     if grid != target and not pos_embed.is_meta:
         state_dict[key] = model._resize_pos_embed(pos_embed, grid, target)
-    state_dict[grid_key] = torch.tensor(target, dtype=torch.float32)
+    state_dict[grid_key] = torch.tensor(target, dtype=torch.float32, device='cpu')
 
 
 def _pos_embed_grid(saved: Any, reference: Any, tokens: int) -> Optional[Tuple[int, int]]:
