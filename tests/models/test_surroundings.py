@@ -9,10 +9,12 @@ import timm
 import torch
 from tiny import make
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from timm_rope import analysis, convert_encoding, list_ropes
 from timm_rope._tracing import unobserved, writable
+from timm_rope.encodings import RotaryEncoding
 from timm_rope.kernels.cpu import products
 from timm_rope.weights.layouts import recognise
 
@@ -105,6 +107,30 @@ def test_where_nobody_looks_on_queries_turn_in_place():
         assert writable(torch.ones(2)), 'a device as a context keeps nothing'
     nodes = torch.fx.symbolic_trace(make()).graph.nodes
     assert not any(node.target in ('clone', torch.clone) for node in nodes), 'the tracer of FX patches torch, too'
+
+
+# -- transforms of torch.func
+
+@pytest.mark.parametrize('family', MODELS)
+@pytest.mark.parametrize('encoding', list_ropes())
+def test_payloads_of_a_transform_do_not_outlive_it(family, encoding):
+    model = make(f'vit_tiny_rope_{encoding}') if family == 'vit' else swin(encoding)
+    expected, model = model(image(model)).detach(), model.requires_grad_(False)
+    x, scale = image(model), torch.ones(())
+
+    def energy(x):
+        return model(x).square().sum()
+
+    transforms = [
+        lambda: torch.func.grad(energy)(x), lambda: torch.func.jvp(energy, (x,), (x,)),
+        lambda: torch.vmap(lambda image: energy(image[None]))(x),
+        lambda: torch.func.hessian(lambda scale: energy(scale * x))(scale)]
+    for transform in transforms:
+        for rope in (module for module in model.modules() if isinstance(module, RotaryEncoding)):
+            rope.set_scaling(rope.scaling)  # which forgets what was kept
+        with sdpa_kernel(SDPBackend.MATH):  # the fused one has no forward derivative on a CPU
+            transform()
+        assert torch.allclose(model(x), expected, atol=1e-5)
 
 
 # -- a default device around the use of a model that is on another one

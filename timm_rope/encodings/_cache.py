@@ -46,8 +46,8 @@ class PayloadCache:
         return None
 
     def put(self, key: Any, payloads: List[Tensor], *sources: Tensor) -> None:
-        if not _is_plain(sources):
-            return
+        if not _is_plain(sources) or not plain(*payloads):
+            return  # what is made inside a transform of torch.func is valid no longer than that
         compare = _can_compare(sources)
         with torch.inference_mode(False), torch.no_grad():
             copies = [s.detach().clone() if compare else s.detach() for s in sources]
