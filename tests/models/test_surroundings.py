@@ -212,3 +212,45 @@ def test_a_default_device_does_not_matter_to_weights(make_up):
     with torch.device('meta'):
         tensors = recognise(checkpoint).tensors
     assert tensors.keys() == expected.keys() and all(torch.equal(tensors[k], v) for k, v in expected.items())
+
+
+# -- parameters alone, as optimizers, averages and trainers keep them
+
+LEARNED = ['spherical_learned', 'liere', 'mixed']
+
+
+def parameters(model):
+    return {k: v.detach().clone() for k, v in model.named_parameters()}
+
+
+def trained(encoding, img_size=64):
+    model = make(f'vit_tiny_rope_{encoding}', img_size=img_size).train()
+    model(image(model)).sum().backward()
+    return model.eval()
+
+
+@pytest.mark.parametrize('encoding', LEARNED)
+@pytest.mark.parametrize('known', ['trained', 'loaded', 'argument', 'set'])
+def test_parameters_alone_do_not_move_a_reference_grid_that_is_known(encoding, known):
+    source = trained(encoding)
+    model = make(f'vit_tiny_rope_{encoding}', **(dict(rope_reference_grid=(8, 8)) if known == 'argument' else {}))
+    if known == 'trained':
+        model = trained(encoding)
+    elif known == 'loaded':
+        model.load_state_dict(source.state_dict())
+    elif known == 'set':
+        model.rope.set_reference_grid((8, 8))
+    model.load_state_dict(parameters(source), strict=False)
+    assert model.rope.reference_grid.tolist() == [8, 8]
+    assert torch.equal(model(image(source)), source(image(source)))
+
+
+@pytest.mark.parametrize('how', ['strict', 'inside another module', 'undecided'])
+def test_where_a_missing_reference_grid_is_that_of_the_pretrained_cfg(how):
+    model = make('vit_tiny_rope_liere') if how == 'undecided' else trained('liere')
+    state = {**parameters(model), **({} if how == 'undecided' else {'rope.signature': model.rope.signature})}
+    if how == 'inside another module':
+        nn.Sequential(model).load_state_dict({f'0.{k}': v for k, v in state.items()})
+    else:
+        model.load_state_dict(state, strict=how == 'strict')
+    assert model.rope.reference_grid.tolist() == [28, 28], 'of 224 pixels and patches of 8'

@@ -112,7 +112,10 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
     """
     if model.rope is not None:
         model.rope.check_state_dict(state_dict, f'{prefix}rope.')
-        if f'{prefix}rope.freqs' in state_dict or f'{prefix}rope.signature' in state_dict:
+        # some tensors on purpose, as an average of the parameters, do not move a grid that is known; of a model inside
+        # another one nobody tells whether the grid may be missing
+        wanted = strict or prefix or model.rope.undecided
+        if wanted and (f'{prefix}rope.freqs' in state_dict or f'{prefix}rope.signature' in state_dict):
             _fill_reference_grid(model, state_dict, prefix)
     _resize_pos_embed(model, state_dict, prefix)
     refuse_mismatches(model, state_dict, prefix, strict, lambda: _explain(model, state_dict, prefix))
