@@ -254,3 +254,34 @@ def test_where_a_missing_reference_grid_is_that_of_the_pretrained_cfg(how):
     else:
         model.load_state_dict(state, strict=how == 'strict')
     assert model.rope.reference_grid.tolist() == [28, 28], 'of 224 pixels and patches of 8'
+
+
+# -- inputs of other libraries and of other kinds of models
+
+@pytest.mark.parametrize('training', [False, True])
+def test_the_children_of_a_model_are_no_chain(training):
+    model = make().train(training)
+    words = r'grid_size must be .*two integers \(rows, columns\).*got a tensor of shape \(2, 4, 4, 24\).*call the model'
+    with pytest.raises(TypeError, match=words):
+        nn.Sequential(*model.children())(image(model))
+    assert model.rope.undecided and model.rope.reference_grid.tolist() == [4, 4]
+    with pytest.raises(TypeError, match=r'grid must be .*two integers \(rows, columns\)'):
+        model.rope.set_reference_grid(torch.tensor([4, 4]))
+    with pytest.raises(ValueError, match='grid_size must be two positive integers .*got 4'):
+        model.rope(4)
+
+
+NAFLEX = dict(patches=torch.ones(2, 16, 192), patch_coord=torch.ones(2, 16, 2), patch_valid=torch.ones(2, 16))
+
+
+@pytest.mark.parametrize('family', MODELS)
+@pytest.mark.parametrize('given,words', [
+    (NAFLEX, 'dict of patches, patch_coord, patch_valid: a loader for NaFlexVit'),
+    ({'image': torch.ones(1, 3, 32, 32)}, 'dict of image[.]'),
+    ([torch.ones(3, 32, 32)], 'list'), (None, 'NoneType')])
+def test_what_is_no_batch_of_images(family, given, words):
+    model = MODELS[family]()
+    calls = [model, model.forward_features, *([model.forward_intermediates] if family == 'vit' else [])]
+    for call in calls:
+        with pytest.raises(TypeError, match=fr'takes images, one tensor \(B, C, H, W\), got {words}'):
+            call(given)
