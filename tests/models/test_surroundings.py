@@ -7,6 +7,7 @@ import foreign
 import pytest
 import timm
 import torch
+from timm.models import load_checkpoint
 from tiny import make
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -254,6 +255,50 @@ def test_where_a_missing_reference_grid_is_that_of_the_pretrained_cfg(how):
     else:
         model.load_state_dict(state, strict=how == 'strict')
     assert model.rope.reference_grid.tolist() == [28, 28], 'of 224 pixels and patches of 8'
+
+
+ASSUMED = 'have no rope.reference_grid: they count as trained on 28 x 28 patches'
+
+
+@pytest.mark.parametrize('encoding', LEARNED)
+@pytest.mark.parametrize('inside', [False, True])
+def test_a_reference_grid_that_is_assumed_is_said_once(encoding, inside, caplog):
+    source, model = trained(encoding), make(f'vit_tiny_rope_{encoding}', img_size=64)
+    for _ in range(2):
+        if inside:
+            nn.Sequential(model).load_state_dict({f'0.{k}': v for k, v in parameters(source).items()}, strict=False)
+        else:
+            model.load_state_dict(parameters(source), strict=False)
+    said = [record.getMessage() for record in caplog.records if 'patches' in record.getMessage()]
+    assert len(said) == 1 and ASSUMED in said[0].replace('0.rope', 'rope') and 'rope_reference_grid=(' in said[0]
+    # both ways that it names
+    told = make(f'vit_tiny_rope_{encoding}', rope_reference_grid=(8, 8))
+    told.load_state_dict(parameters(source), strict=False)
+    put = make(f'vit_tiny_rope_{encoding}')
+    put.load_state_dict({**parameters(source), 'rope.reference_grid': torch.tensor([8, 8])}, strict=False)
+    for other in (told, put):
+        assert torch.equal(other(image(source)), source(image(source)))
+    assert len([record for record in caplog.records if 'patches' in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize('how', ['strict', 'other head', 'pretrained', 'other classes', 'module', 'checkpoint of timm'])
+def test_nothing_is_said_where_weights_are_loaded_as_usual(how, caplog, tmp_path):
+    state = trained('mixed').state_dict()
+    torch.save(foreign.naver_vit() if how == 'checkpoint of timm' else state, tmp_path / 'weights.bin')
+    overlay = dict(file=str(tmp_path / 'weights.bin'), num_classes=5, input_size=(3, 64, 64))
+    caplog.clear()
+    if how in ('pretrained', 'other classes'):
+        make('vit_tiny_rope_mixed', pretrained=True, pretrained_cfg_overlay=overlay,
+             num_classes=5 if how == 'pretrained' else 7)
+    elif how == 'module':
+        nn.Sequential(make('vit_tiny_rope_mixed')).load_state_dict({f'0.{k}': v for k, v in state.items()})
+    elif how == 'checkpoint of timm':
+        model = make('vit_tiny_rope_mixed', embed_dim=128, depth=2)
+        load_checkpoint(model, tmp_path / 'weights.bin', strict=False)
+    else:
+        kept = {k: v for k, v in state.items() if how == 'strict' or not k.startswith('head')}
+        make('vit_tiny_rope_mixed').load_state_dict(kept, strict=how == 'strict')
+    assert 'rope.reference_grid' not in caplog.text
 
 
 # -- inputs of other libraries and of other kinds of models

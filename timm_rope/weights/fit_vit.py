@@ -3,6 +3,7 @@
 `checkpoint_filter_fn` is timm's hook for pretrained weights, `prepare_state_dict` sees every `load_state_dict`.
 """
 import dataclasses
+import logging
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -14,6 +15,7 @@ from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise,
 from .mismatches import other_encoding, refuse_mismatches, refuse_other_structure, warm_start_hint
 from .warm_start import take_over
 
+_logger = logging.getLogger(__name__)
 GRID = 'rope.reference_grid'
 
 
@@ -116,18 +118,28 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
         # another one nobody tells whether the grid may be missing
         wanted = strict or prefix or model.rope.undecided
         if wanted and (f'{prefix}rope.freqs' in state_dict or f'{prefix}rope.signature' in state_dict):
-            _fill_reference_grid(model, state_dict, prefix)
+            grid = _fill_reference_grid(model, state_dict, prefix)
+            if grid and not strict and model.rope.undecided:
+                _logger.warning(
+                    f'The weights have no {prefix}{GRID}: they count as trained on {grid[0]} x {grid[1]} patches, by '
+                    f'the input_size of pretrained_cfg. If that is wrong, put the right grid there as a tensor (rows, '
+                    f'columns), or say rope_reference_grid=(rows, columns) when the model is built.')
     _resize_pos_embed(model, state_dict, prefix)
     refuse_mismatches(model, state_dict, prefix, strict, lambda: _explain(model, state_dict, prefix))
 
 
-def _fill_reference_grid(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
-    """Rotary weights without a reference grid get the one of their pretrained_cfg, not of the model being built."""
+def _fill_reference_grid(model: Any, state_dict: Dict[str, Any], prefix: str) -> Optional[Tuple[int, int]]:
+    """Rotary weights without a reference grid get the one of their pretrained_cfg, not of the model being built.
+
+    Returns it, or None if there is nothing to do.
+    """
     input_size = getattr(model, 'pretrained_cfg', {}).get('input_size')
-    if f'{prefix}{GRID}' not in state_dict and input_size is not None:
-        patch = model.patch_embed.patch_size
-        grid = [input_size[-2] // patch[0], input_size[-1] // patch[1]]
-        state_dict[f'{prefix}{GRID}'] = torch.tensor(grid, device='cpu')
+    if f'{prefix}{GRID}' in state_dict or input_size is None:
+        return None
+    patch = model.patch_embed.patch_size
+    grid = input_size[-2] // patch[0], input_size[-1] // patch[1]
+    state_dict[f'{prefix}{GRID}'] = torch.tensor(grid, device='cpu')
+    return grid
 
 
 def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
