@@ -82,8 +82,8 @@ def unobserved(module: nn.Module) -> bool:
         return True
     cls = type(module)
     stock = (
-        _defined_in(cls.forward, torch.nn.modules.linear) and _defined_in(cls.__call__, torch.nn.modules.module)
-        and F.linear is torch._C._nn.linear)
+        _defined_in(cls.forward, torch.nn.modules.linear) and F.linear is torch._C._nn.linear
+        and _defined_in(cls.__call__, torch.nn.modules.module) and _defined_in(cls._call_impl, torch.nn.modules.module))
     return stock or fx_tracing()
 
 

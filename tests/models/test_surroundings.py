@@ -65,8 +65,8 @@ def put(monkeypatch, owner, name):
     return kept
 
 
-PATCHED = [(nn.Linear, 'forward'), (nn.Module, '__call__'), (nn.functional, 'linear')]
-PATCHED_IDS = ['Linear.forward', 'Module.__call__', 'F.linear']
+PATCHED = [(nn.Linear, 'forward'), (nn.Module, '__call__'), (nn.Module, '_call_impl'), (nn.functional, 'linear')]
+PATCHED_IDS = ['Linear.forward', 'Module.__call__', 'Module._call_impl', 'F.linear']
 
 
 @pytest.mark.parametrize('family', MODELS)
