@@ -246,6 +246,17 @@ def test_parameters_alone_do_not_move_a_reference_grid_that_is_known(encoding, k
     assert torch.equal(model(image(source)), source(image(source)))
 
 
+@pytest.mark.parametrize('encoding', ['mixed', 'axial'])
+@pytest.mark.parametrize('inside', [False, True])
+@pytest.mark.parametrize('fresh', [False, True])
+def test_parameters_alone_do_not_stir_a_position_embedding_that_is_no_square(encoding, inside, fresh):
+    source = trained(f'{encoding}_ape', (16, 64))
+    model = make(f'vit_tiny_rope_{encoding}_ape', img_size=(16, 64)) if fresh else copy.deepcopy(source)
+    state = {f'0.{k}' if inside else k: v for k, v in parameters(source).items()}
+    (nn.Sequential(model) if inside else model).load_state_dict(state, strict=False)
+    assert torch.equal(model.pos_embed, source.pos_embed) and model.pos_embed_grid.tolist() == [2, 8]
+
+
 @pytest.mark.parametrize('how', ['strict', 'inside another module', 'undecided'])
 def test_where_a_missing_reference_grid_is_that_of_the_pretrained_cfg(how):
     model = make('vit_tiny_rope_liere') if how == 'undecided' else trained('liere')

@@ -112,10 +112,11 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
         RuntimeError: Another encoding, width or depth; lists the first keys that do not match.
         ValueError: Non-finite frequencies, malformed grids.
     """
+    # parameters alone, of a model like this one; pretrained weights have been given a reference grid by `fit`
+    alone = not strict and model.rope is not None and f'{prefix}{GRID}' not in state_dict
     if model.rope is not None:
         model.rope.check_state_dict(state_dict, f'{prefix}rope.')
-        # some tensors on purpose, as an average of the parameters, do not move a grid that is known; of a model inside
-        # another one nobody tells whether the grid may be missing
+        # they do not move a grid that is known; of a model inside another one nobody tells whether keys may be missing
         wanted = strict or prefix or model.rope.undecided
         if wanted and (f'{prefix}rope.freqs' in state_dict or f'{prefix}rope.signature' in state_dict):
             grid = _fill_reference_grid(model, state_dict, prefix)
@@ -124,7 +125,7 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
                     f'The weights have no {prefix}{GRID}: they count as trained on {grid[0]} x {grid[1]} patches, by '
                     f'the input_size of pretrained_cfg. If that is wrong, put the right grid there as a tensor (rows, '
                     f'columns), or say rope_reference_grid=(rows, columns) when the model is built.')
-    _resize_pos_embed(model, state_dict, prefix)
+    _resize_pos_embed(model, state_dict, prefix, alone)
     refuse_mismatches(model, state_dict, prefix, strict, lambda: _explain(model, state_dict, prefix))
 
 
@@ -142,7 +143,7 @@ def _fill_reference_grid(model: Any, state_dict: Dict[str, Any], prefix: str) ->
     return grid
 
 
-def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
+def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str, alone: bool) -> None:
     key, grid_key = f'{prefix}pos_embed', f'{prefix}pos_embed_grid'
     pos_embed = state_dict.get(key)
     if not isinstance(pos_embed, Tensor) or model.pos_embed is None or pos_embed.ndim != 3:
@@ -150,6 +151,8 @@ def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> No
     tokens = pos_embed.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
     grid = _pos_embed_grid(state_dict.get(grid_key), state_dict.get(f'{prefix}{GRID}'), tokens)
     target = tuple(model.patch_embed.grid_size)
+    if alone and grid_key not in state_dict and pos_embed.shape == model.pos_embed.shape:
+        grid = target
     if grid is None:
         if pos_embed.shape[1] != model.pos_embed.shape[1]:
             raise RuntimeError(
