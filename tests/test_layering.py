@@ -129,5 +129,5 @@ def test_no_room_is_crowded():
     for name, bound in ROOM.items():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
-    assert core <= 4600, f'{", ".join(CORE)} have {core} lines together, the bound is 4600'
-    assert lines_of(*FILES) <= 13700, f'the package has {lines_of(*FILES)} lines, the bound is 13700'
+    assert core <= 4620, f'{", ".join(CORE)} have {core} lines together, the bound is 4620'
+    assert lines_of(*FILES) <= 14000, f'the package has {lines_of(*FILES)} lines, the bound is 14000'

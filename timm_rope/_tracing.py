@@ -3,14 +3,19 @@
 Comes in: nothing, or the tensors or the module in question. Goes out: a yes or no by which the package chooses between
 an operation that is fast and the plain formula, which everybody understands.
 """
-from typing import Callable, TypeVar
+from types import ModuleType
+from typing import Any, Callable, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 T = TypeVar('T')
+_tracer = torch.fx._symbolic_trace
+fx_tracing = getattr(_tracer, 'is_fx_symbolic_tracing', _tracer.is_fx_tracing)  # the older one warns by now
 
 
 def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
@@ -78,9 +83,29 @@ def writable(*tensors: Tensor) -> bool:
         return False
     if not all(getattr(mode, 'only_counts', False) for mode in _get_current_dispatch_mode_stack()):
         return False  # a mode may keep what it saw, as selective activation checkpointing does
+    modes = torch._C._len_torch_function_stack()  # of functions; `with torch.device(...)` is one that keeps nothing
+    if modes and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(modes)):
+        return False
     return plain(*tensors)
 
 
 def unobserved(module: nn.Module) -> bool:
-    """Whether nobody sees what the module returns: no forward hook, no `forward` put into this one module."""
-    return 'forward' not in vars(module) and not module._forward_hooks and not _global_forward_hooks
+    """Whether nobody sees what a linear layer or an identity returns.
+
+    That is: no forward hook, and no `forward` put into this module or into its class, for the whole process. What is
+    compiled or traced is never written to; there only the first is asked, since a tracer patches classes itself.
+    """
+    if 'forward' in vars(module) or module._forward_hooks or _global_forward_hooks:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    cls = type(module)
+    stock = (
+        _defined_in(cls.forward, torch.nn.modules.linear) and F.linear is torch._C._nn.linear
+        and _defined_in(cls.__call__, torch.nn.modules.module) and _defined_in(cls._call_impl, torch.nn.modules.module))
+    return stock or fx_tracing()
+
+
+def _defined_in(function: Any, module: ModuleType) -> bool:
+    # what was put in its place may carry its name, and may have been put there before this package was imported
+    return getattr(function, '__globals__', None) is module.__dict__

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -17,7 +18,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageDataset
 from timm.models import load_checkpoint, save_for_hf
 
 from timm_rope.__main__ import main
@@ -411,9 +411,9 @@ def test_a_rerun_adds_rules_to_results_of_before_there_were_any(data, tmp_path, 
 @pytest.mark.parametrize('rules', [[], ['--rope-scaling', 'yarn', 'ntk']])
 def test_a_model_is_loaded_once_and_an_image_once_for_each_evaluation(rules, data, spherical, monkeypatch, tmp_path):
     built, read, seen = [], [], []
-    create, item = timm.create_model, ImageDataset.__getitem__
+    create, item = timm.create_model, evaluate.Images.__getitem__
     monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: built.append(1) or create(*args, **kwargs))
-    monkeypatch.setattr(ImageDataset, '__getitem__', lambda self, i: read.append(i) or item(self, i))
+    monkeypatch.setattr(evaluate.Images, '__getitem__', lambda self, i: read.append(i) or item(self, i))
 
     def spy(module, args, output):
         if type(module).__name__ == 'RopeVisionTransformer':
@@ -433,6 +433,41 @@ def test_a_model_is_loaded_once_and_an_image_once_for_each_evaluation(rules, dat
     assert sum(seen) == evaluations * (n + 1), 'one blank image for each'
 
 
+# -- images that cannot be read
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_what_cannot_be_read_is_left_out_and_no_other_image_counted_for_it(workers, data, spherical, tmp_path, capsys):
+    damaged, kept = tmp_path / 'damaged', tmp_path / 'kept'
+    for folder in (damaged, kept):
+        shutil.copytree(data, folder)
+    lost = ['n0/3.png', 'n3/0.png', 'n6/7.png']
+    for number, name in enumerate(lost):
+        content = (data / 'val' / name).read_bytes()
+        (damaged / 'val' / name).write_bytes([b'', content[:len(content) // 2], b'no image'][number])
+        (kept / 'val' / name).unlink()
+    file, n = tmp_path / 'r.json', CLASSES * PER_CLASS
+    args = damaged, spherical, '--sizes', *TEXTS[:2], '--results', file, '-b', 10, '-j', workers
+    assert sweep(*args) == 0
+    rows, shown = rows_of(file), capsys.readouterr()
+    assert counts_of(rows) == at_sizes(spherical, SIZES[:2], kept)
+    for row in rows:
+        assert (row['images'], row['unreadable']) == (n - 3, 3)
+        assert row['top1'] == pytest.approx(100 * row['right_top1'] / (n - 3))
+    assert shown.err.count(f'3 of {n} images cannot be read and are left out: {", ".join(lost)}.') == 1
+    assert '(without 3 images that cannot be read)' in shown.out
+    assert sweep(*args) == 0
+    assert '(without 3 images that cannot be read)' in capsys.readouterr().out, 'a rerun says it, too'
+
+
+def test_a_folder_of_which_no_image_can_be_read(data, spherical, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / 'all')
+    for path in (tmp_path / 'all').rglob('*.png'):
+        path.write_bytes(b'no image')
+    assert sweep(tmp_path / 'all', spherical, '--sizes', '48') == 1
+    err = capsys.readouterr().err
+    assert 'n0/0.png, n0/1.png, n0/2.png, n0/3.png, n0/4.png and 51 more' in err and 'no image can be read' in err
+
+
 # -- interrupted and continued
 
 def test_a_rerun_skips_what_is_done(data, spherical, tmp_path, monkeypatch, capsys):
@@ -443,7 +478,7 @@ def test_a_rerun_skips_what_is_done(data, spherical, tmp_path, monkeypatch, caps
     rows = rows_of(file)
     assert rows[0] == first and [row['height'] for row in rows] == [48, 32]
     before = file.read_bytes()
-    monkeypatch.setattr(ImageDataset, '__getitem__', None)
+    monkeypatch.setattr(evaluate.Images, '__getitem__', None)
     monkeypatch.setattr(timm, 'create_model', None)
     capsys.readouterr()
     assert sweep(data, spherical, '--sizes', '32', '48', '--results', file, '--csv', tmp_path / 'r.csv') == 0
@@ -460,7 +495,7 @@ def test_a_rerun_skips_what_is_done(data, spherical, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize('error, status', [(KeyboardInterrupt, 130), (MemoryError, None), (RuntimeError('boom'), 1)])
 def test_what_was_done_before_an_interruption_is_kept(error, status, data, spherical, tmp_path, monkeypatch, capsys):
     file, n, calls = tmp_path / 'r.json', CLASSES * PER_CLASS, []
-    item = ImageDataset.__getitem__
+    item = evaluate.Images.__getitem__
 
     def interrupted(self, index):
         calls.append(index)
@@ -470,7 +505,7 @@ def test_what_was_done_before_an_interruption_is_kept(error, status, data, spher
 
     args = (data, spherical, '--sizes', *TEXTS[:3], '--results', file)
     with monkeypatch.context() as patch:
-        patch.setattr(ImageDataset, '__getitem__', interrupted)
+        patch.setattr(evaluate.Images, '__getitem__', interrupted)
         if status is None:
             with pytest.raises(error):
                 sweep(*args)
@@ -500,13 +535,13 @@ def test_a_failed_write_leaves_the_results_before(data, spherical, tmp_path, mon
 
 
 def test_results_of_another_run_at_the_same_time_are_not_overwritten(data, spherical, tmp_path, monkeypatch, capsys):
-    file, item = tmp_path / 'r.json', ImageDataset.__getitem__
+    file, item = tmp_path / 'r.json', evaluate.Images.__getitem__
 
     def meddling(self, index):
         file.write_text('theirs')
         return item(self, index)
 
-    monkeypatch.setattr(ImageDataset, '__getitem__', meddling)
+    monkeypatch.setattr(evaluate.Images, '__getitem__', meddling)
     assert sweep(data, spherical, '--sizes', '48', '--results', file) == 1
     assert file.read_text() == 'theirs'
     err = capsys.readouterr().err

@@ -157,6 +157,24 @@ def run_fsdp_bf16(case):
     return {'payloads': payloads, 'expected': expected, 'grads': grads, 'dtype': logits.dtype}
 
 
+def run_fsdp_meta(case, rank):
+    """Frequencies of a model that is made without memory, sharded, and then filled, each process with its own seed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    with torch.device('meta'):
+        model = new_model(case)
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=init_device_mesh('cpu', (WORLD,)))
+    model.to_empty(device='cpu')
+    torch.manual_seed(rank)
+    model.init_weights()
+    freqs = model.rope.freqs.detach()
+    assert bool(model(batch_of(0, rank)[0]).isfinite().all())
+    return freqs.full_tensor() if isinstance(freqs, DTensor) else freqs
+
+
 def main(mode, folder):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', timeout=timedelta(seconds=60))
@@ -166,6 +184,7 @@ def main(mode, folder):
     if mode == 'fsdp':
         for case in CASES:
             results[case]['bf16'] = run_fsdp_bf16(case)
+            results[case]['meta'] = run_fsdp_meta(case, rank)
     torch.save(results, f'{folder}/{mode}{rank}.pt')
     dist.barrier()
     dist.destroy_process_group()
@@ -248,6 +267,18 @@ def test_fsdp_bf16_policy_leaves_the_positions_exact(fsdp, case):
             assert payload.dtype == torch.float32 and torch.equal(payload, expected)
         for grad in result['grads']:
             assert grad.dtype == torch.float32 and torch.isfinite(grad).all() and grad.abs().max() > 0
+
+
+@needs_gloo
+@pytest.mark.parametrize('case', CASES)
+def test_fsdp_fills_a_model_that_was_made_without_memory(fsdp, case):
+    first, second = (process[case]['meta'] for process in fsdp)
+    assert torch.equal(first, second), 'each process has a part of the same'
+    expected = new_model(case).rope.freqs
+    if case in ('mixed', 'liere'):  # drawn at random
+        assert first.shape == expected.shape and 0 < first.std() and first.abs().max() <= 2 * torch.pi
+    else:
+        assert torch.equal(first, expected)
 
 
 if __name__ == '__main__':

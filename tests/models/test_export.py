@@ -24,6 +24,20 @@ def test_onnx(name, options, dynamo, tmp_path):
     assert abs(session.run(None, {'x': y.numpy()})[0] - model(y).detach().numpy()).max() < 2e-5
 
 
+@pytest.mark.parametrize('name', ['vit_tiny_rope_mixed', 'vit_tiny_rope_spherical_learned', 'vit_tiny_rope_liere'])
+@pytest.mark.filterwarnings('ignore')
+def test_onnx_in_half_precision(name, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed (extra dev)')
+    pytest.importorskip('onnxscript', reason='onnxscript is not installed (extra dev)')
+    model = make(name, depth=2, exportable=True)
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    torch.onnx.export(model.half(), (x.half(),), str(tmp_path / 'model.onnx'), dynamo=False, input_names=['x'])
+    session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'))
+    got = torch.from_numpy(session.run(None, {'x': x.half().numpy()})[0])
+    assert got.dtype == torch.float16 and (got - expected).abs().max() < 5e-3 * expected.abs().max()
+
+
 @pytest.mark.parametrize('name,options', CASES)
 def test_torchscript_and_fx_take_any_size(name, options, tmp_path):
     model = make(name, depth=2, **options)

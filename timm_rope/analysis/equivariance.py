@@ -47,8 +47,8 @@ def rotation_error(matrices: Tensor, grid: Grid) -> Tensor:
     """
     rows, columns = grid
     relative = torch.einsum('hngab,hmgac->hnmgbc', matrices, matrices).flatten(3)
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing='ij')
-    y, x = y.flatten().to(matrices.device), x.flatten().to(matrices.device)
+    y, x = torch.meshgrid(*(torch.arange(n, device=matrices.device) for n in grid), indexing='ij')
+    y, x = y.flatten(), x.flatten()
     offset = (y[None] - y[:, None] + rows - 1) * (2 * columns - 1) + x[None] - x[:, None] + columns - 1
     offset, pairs = offset.flatten(), relative.flatten(1, 2)  # (N * N,), (H, N * N, G * b * b)
     sums = pairs.new_zeros(pairs.shape[0], (2 * rows - 1) * (2 * columns - 1), pairs.shape[2])
@@ -84,7 +84,7 @@ def score_shift_error(matrices: Tensor, grid: Grid, shift: Tuple[int, int], seed
     here = matrices[:, :rows, :columns].flatten(1, 2)
     there = matrices[:, shift[0]:, shift[1]:].flatten(1, 2)
     generator = torch.Generator().manual_seed(seed)
-    q, k = torch.randn(2, *here.shape[:-1], generator=generator, dtype=torch.float64).to(here)
+    q, k = torch.randn(2, *here.shape[:-1], generator=generator, dtype=torch.float64, device='cpu').to(here)
 
     def scores(turned: Tensor) -> Tensor:
         a, b = [(turned @ x[..., None]).flatten(2) for x in (q, k)]
@@ -171,6 +171,6 @@ def shuffle_patches(images: Tensor, patch: Tuple[int, int], seed: int = 0) -> Te
     patches = images.unflatten(-1, (columns, patch[1])).unflatten(-3, (rows, patch[0]))
     patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(rows * columns, generator=generator) for _ in images]
+    orders = [torch.randperm(rows * columns, generator=generator, device='cpu') for _ in images]
     moved = torch.stack([each[order.to(each.device)] for each, order in zip(patches, orders)])
     return moved.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -218,7 +218,7 @@ class RotaryEncoding(HasUsage, KeepsPayloads, SavedState):
             One payload per block, (H or 1, prefix + N, W). Blocks that share their frequencies share the tensor.
 
         Raises:
-            ValueError: `grid_size` is not two positive integers.
+            ValueError: `grid_size` is not two positive integers; a TypeError if it is a tensor.
         """
         if not torch.jit.is_scripting():
             if self._undecided and not self._is_recorded(grid_size):

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from .._tracing import is_exporting, plain
+from ..positions.coordinates import to_grid
 
 BYTES = 2 ** 28  # of payloads that are kept beside those of the last grid: images of a few sizes may take turns
 
@@ -46,8 +47,8 @@ class PayloadCache:
         return None
 
     def put(self, key: Any, payloads: List[Tensor], *sources: Tensor) -> None:
-        if not _is_plain(sources):
-            return
+        if not _is_plain(sources) or not plain(*payloads):
+            return  # what is made inside a transform of torch.func is valid no longer than that
         compare = _can_compare(sources)
         with torch.inference_mode(False), torch.no_grad():
             copies = [s.detach().clone() if compare else s.detach() for s in sources]
@@ -89,6 +90,13 @@ def _is_plain(tensors: Tuple[Tensor, ...]) -> bool:
     return plain(*tensors) and not any(t.is_inference() for t in tensors)
 
 
+def _is_traced(grid_size: Any) -> bool:
+    """Whether FX traces these sizes; refuses what holds none."""
+    if not isinstance(grid_size, (tuple, list, torch.fx.Proxy)):
+        to_grid(grid_size, 'grid_size')
+    return isinstance(grid_size[0], torch.fx.Proxy)
+
+
 class KeepsPayloads(nn.Module):
     """Part of `RotaryEncoding` that computes payloads once for each grid, where they can be computed once."""
     freqs: Tensor
@@ -104,14 +112,12 @@ class KeepsPayloads(nn.Module):
     @torch.jit.unused
     def _is_recorded(self, grid_size: Tuple[int, int]) -> bool:
         """Whether the graph that is being recorded is meant for another runtime, or is no more than traced."""
-        return (
-            is_exporting() or torch.jit.is_tracing() or isinstance(grid_size[0], torch.fx.Proxy))
+        return is_exporting() or torch.jit.is_tracing() or _is_traced(grid_size)
 
     @torch.jit.unused
     def _is_eager(self, grid_size: Tuple[int, int]) -> bool:
         """False where a graph is being recorded (compile, export, FX, jit.trace) and sizes may be symbols."""
-        return not (
-            torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(grid_size[0], torch.fx.Proxy))
+        return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_traced(grid_size))
 
     @torch.jit.unused
     def _cached_payloads(self, grid_size: Tuple[int, int], num_prefix_tokens: int) -> List[Tensor]:

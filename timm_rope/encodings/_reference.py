@@ -52,7 +52,7 @@ class HasReferenceGrid(nn.Module):
         """
         rows, columns = to_grid(grid, 'grid')
         with torch.no_grad():
-            self.reference_grid.copy_(torch.tensor([rows, columns]))
+            self.reference_grid.copy_(torch.tensor([rows, columns], device='cpu'))
         self._undecided = False
 
     @torch.jit.unused
@@ -80,10 +80,10 @@ class HasReferenceGrid(nn.Module):
             rows, columns = grid_size
             with torch.no_grad():
                 if torch.compiler.is_compiling():
-                    self.reference_grid.copy_(torch.tensor([rows, columns], dtype=torch.float32))
+                    self.reference_grid.copy_(torch.tensor([rows, columns], dtype=torch.float32, device='cpu'))
                 else:
                     before = read_grid(self.reference_grid, 'reference_grid')
-                    self.reference_grid.copy_(torch.tensor([rows, columns]))
+                    self.reference_grid.copy_(torch.tensor([rows, columns], device='cpu'))
                     if before != (rows, columns):
                         _logger.info(
                             f'The reference grid is now {rows} x {columns} patches, those of the first training step, '

@@ -24,7 +24,7 @@ def format_signature(name: str, options: Dict[str, Any]) -> str:
     return f'{name}({items})'
 
 
-def write_signature(text: str, grid: Tuple[int, int] = UNKNOWN_GRID, device: Any = None) -> Tensor:
+def write_signature(text: str, grid: Tuple[int, int] = UNKNOWN_GRID, device: Any = 'cpu') -> Tensor:
     """A signature as it is saved, (characters, 8) float32: the bits of its ASCII characters, 1 or -1."""
     codes = torch.tensor(list(f'{text}@{grid[0]:05}x{grid[1]:05}'.encode('ascii')), device=device)
     bits = codes.unsqueeze(-1).bitwise_right_shift(torch.arange(8, device=device)).bitwise_and(1)
@@ -61,7 +61,7 @@ def _text(value: Any) -> Optional[str]:
             raise ValueError(
                 'rope.signature, the name of the encoding that is saved with the weights, cannot be read: they are an '
                 'average of weights of different encodings, options or reference grids, or damaged.')
-        codes = ((saved > 0) * 2 ** torch.arange(saved.shape[1])).sum(-1)
+        codes = ((saved > 0) * 2 ** torch.arange(saved.shape[1], device='cpu')).sum(-1)
     else:  # as bytes, by versions before 0.2
         codes = saved.round()
     text = ''.join(chr(int(code)) if 0 <= code < 128 else '?' for code in codes.flatten().tolist())

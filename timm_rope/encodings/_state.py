@@ -29,7 +29,7 @@ class SavedState(HasReferenceGrid):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fill every tensor of the module, also after `to_empty`."""
-        self.reference_grid.copy_(torch.tensor(self._initial_grid))
+        self.reference_grid.copy_(torch.tensor(self._initial_grid, device='cpu'))
         self.signature.copy_(write_signature(self._signature, self._initial_grid))
         self._fill_freqs()
 
@@ -45,6 +45,12 @@ class SavedState(HasReferenceGrid):
             values = torch.tensor(values, dtype=torch.float64, device='cpu')
         if values.numel() == self.freqs.numel():
             values = values.reshape(self.freqs.shape)
+        sharded: Any = self.freqs  # before it is filled, as FSDP2 does with a model that was made on the meta device
+        if hasattr(sharded, 'placements') and not hasattr(values, 'placements'):
+            from torch.distributed.tensor import distribute_tensor
+
+            values = values.to(sharded.device, sharded.dtype).expand(sharded.shape)
+            values = distribute_tensor(values, sharded.device_mesh, sharded.placements)
         self.freqs.copy_(values)
 
     def _apply(self, fn, recurse: bool = True):

@@ -34,5 +34,6 @@ class Mixed(RotaryEncoding, name='mixed'):
         pairs = self.rotation.groups
         half = (pairs + 1) // 2
         w = geometric(half, self.options['temperature'])
-        angle = 2 * torch.pi * torch.rand_like(self.freqs[0, ..., :1])
+        angle = 2 * torch.pi * torch.rand(
+            *self.freqs.shape[1:3], 1, dtype=self.freqs.dtype, device=self.freqs.device)
         return turned_basis(w + w[:pairs - half], angle)

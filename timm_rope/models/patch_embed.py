@@ -20,6 +20,8 @@ class GridPatchEmbed(PatchEmbed):
     __constants__ = ['graph_per_size']
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            check_images(x)
         height, width = x.shape[-2], x.shape[-1]
         if self.graph_per_size and not torch.jit.is_scripting():
             specialize(height, width)
@@ -59,6 +61,13 @@ def specialize(height: int, width: int) -> str:
             'Windows cannot be exported for a height and width that vary, got symbols in dynamic_shapes: export one '
             'size (the batch may vary), or use torch.onnx.export(..., dynamo=False, dynamic_axes=...).')
     return f'{height}x{width}'
+
+
+def check_images(x: Any) -> None:
+    if x is None or isinstance(x, (dict, list, tuple)):
+        what = f'{type(x).__name__} of {", ".join(map(str, x))}' if isinstance(x, dict) else type(x).__name__
+        hint = ': a loader for NaFlexVit makes patches of images' if isinstance(x, dict) and 'patches' in x else ''
+        raise TypeError(f'The model takes images, one tensor (B, C, H, W), got {what}{hint}.')
 
 
 @torch.fx.wrap

@@ -124,7 +124,8 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
         for layer, window, heads, channels in zip(self._stages(), windows, num_heads, head_dims):
             for block in layer.blocks:
                 block.__class__ = NaverWindowBlock if window_rule == 'naver' else AnySizeWindowBlock
-                block.set_input_size(block.input_resolution, window)
+                with torch.device('cpu'):  # where timm interpolates a bias, whatever the default is
+                    block.set_input_size(block.input_resolution, window)
                 rope = make_rope(channels, heads, block.window_size, device, dtype)
                 block.attn = RopeWindowAttention.of(block.attn, rope, rel_pos_bias)
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init  # type: ignore[assignment]

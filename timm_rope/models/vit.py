@@ -34,7 +34,6 @@ from .rotary import RotaryModel, take_options
 torch.fx.wrap('keep_tokens')
 
 
-
 class RopeVisionTransformer(RotaryModel, Checkpointed, PlainVisionTransformer):
     """timm's VisionTransformer with a rotary position encoding.
 
@@ -252,9 +251,8 @@ class RopeVisionTransformer(RotaryModel, Checkpointed, PlainVisionTransformer):
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f'output_fmt must be NCHW or NLC, got {output_fmt}.')
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        batch, height, width = x.shape[0], x.shape[2], x.shape[3]
         last = max_index if stop_early and not torch.jit.is_scripting() else len(self.blocks) - 1
-        x, taken = self._run_blocks(x, attn_mask, is_causal, take_indices, last)
+        out, taken = self._run_blocks(x, attn_mask, is_causal, take_indices, last)
         if norm:
             taken = [self.norm(y) for y in taken]
 
@@ -262,21 +260,21 @@ class RopeVisionTransformer(RotaryModel, Checkpointed, PlainVisionTransformer):
         prefix_tokens = [y[:, :n] for y in taken]
         taken = [y[:, n:] for y in taken]
         if output_fmt == 'NCHW':
-            rows, columns = self.patch_embed.dynamic_feat_size((height, width))
-            taken = [y.reshape(batch, rows, columns, -1).permute(0, 3, 1, 2).contiguous() for y in taken]
+            rows, columns = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+            taken = [y.reshape(x.shape[0], rows, columns, -1).permute(0, 3, 1, 2).contiguous() for y in taken]
 
         if output_dict:
             result: Dict[str, Any] = {'image_intermediates': taken}
             if n and return_prefix_tokens:
                 result['image_intermediates_prefix'] = prefix_tokens
             if not intermediates_only:
-                result['image_features'] = self.norm(x)
+                result['image_features'] = self.norm(out)
             return result
         if not torch.jit.is_scripting() and n and return_prefix_tokens:
             taken = list(zip(taken, prefix_tokens))  # type: ignore[arg-type]
         if intermediates_only:
             return taken
-        return self.norm(x), taken
+        return self.norm(out), taken
 
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True,

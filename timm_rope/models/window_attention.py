@@ -91,7 +91,8 @@ class RopeWindowAttention(WindowAttention):
     def set_window_size(self, window_size: Tuple[int, int]) -> None:
         """Change the window; a bias is interpolated. The reference grid stays: it belongs to the weights."""
         if self.relative_position_bias_table is not None:
-            super().set_window_size(window_size)
+            with torch.device('cpu'):  # where timm interpolates a bias, whatever the default is
+                super().set_window_size(window_size)
         else:
             self.window_size = to_2tuple(window_size)
             self.window_area = self.window_size[0] * self.window_size[1]

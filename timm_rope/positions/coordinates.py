@@ -80,6 +80,10 @@ def square_grid(tokens: int) -> Optional[Tuple[int, int]]:
 
 def to_grid(value: Any, name: str) -> Tuple[int, int]:
     """Validate (rows, columns) of a grid; `name` is the argument named in the error."""
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f'{name} must be the grid of an image, two integers (rows, columns) that count its patches, got a tensor '
+            f'of shape {tuple(value.shape)}. The children of a model form no chain of layers: call the model.')
     items = list(value) if isinstance(value, (tuple, list, torch.Size)) else value
     if not isinstance(items, list) or len(items) != 2 or any(
             isinstance(i, bool) or not isinstance(i, Integral) or i < 1 for i in items):

@@ -3,6 +3,7 @@ import logging
 import re
 from typing import Any, Dict, Iterable, List, Tuple
 
+import torch
 from torch import Tensor
 
 from .._timm import swin_filter_fn
@@ -66,7 +67,8 @@ def fit(weights: Weights, model: Any, warm_start: bool = False) -> Dict[str, Ten
     told = weights.model_args.get('num_heads', heads)
     if told != heads:  # which stands in no shape where frequencies are fixed
         raise RuntimeError(f'The checkpoint ({weights.layout}) has {told} heads in its stages, the model {heads}.')
-    return swin_filter_fn(tensors, model)
+    with torch.device('cpu'):  # where timm interpolates a bias, whatever the default is
+        return swin_filter_fn(tensors, model)
 
 
 def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, strict: bool) -> None:

@@ -3,6 +3,7 @@
 `checkpoint_filter_fn` is timm's hook for pretrained weights, `prepare_state_dict` sees every `load_state_dict`.
 """
 import dataclasses
+import logging
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -14,6 +15,7 @@ from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise,
 from .mismatches import other_encoding, refuse_mismatches, refuse_other_structure, warm_start_hint
 from .warm_start import take_over
 
+_logger = logging.getLogger(__name__)
 GRID = 'rope.reference_grid'
 
 
@@ -110,23 +112,38 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
         RuntimeError: Another encoding, width or depth; lists the first keys that do not match.
         ValueError: Non-finite frequencies, malformed grids.
     """
+    # parameters alone, of a model like this one; pretrained weights have been given a reference grid by `fit`
+    alone = not strict and model.rope is not None and f'{prefix}{GRID}' not in state_dict
     if model.rope is not None:
         model.rope.check_state_dict(state_dict, f'{prefix}rope.')
-        if f'{prefix}rope.freqs' in state_dict or f'{prefix}rope.signature' in state_dict:
-            _fill_reference_grid(model, state_dict, prefix)
-    _resize_pos_embed(model, state_dict, prefix)
+        # they do not move a grid that is known; of a model inside another one nobody tells whether keys may be missing
+        wanted = strict or prefix or model.rope.undecided
+        if wanted and (f'{prefix}rope.freqs' in state_dict or f'{prefix}rope.signature' in state_dict):
+            grid = _fill_reference_grid(model, state_dict, prefix)
+            if grid and not strict and model.rope.undecided:
+                _logger.warning(
+                    f'The weights have no {prefix}{GRID}: they count as trained on {grid[0]} x {grid[1]} patches, by '
+                    f'the input_size of pretrained_cfg. If that is wrong, put the right grid there as a tensor (rows, '
+                    f'columns), or say rope_reference_grid=(rows, columns) when the model is built.')
+    _resize_pos_embed(model, state_dict, prefix, alone)
     refuse_mismatches(model, state_dict, prefix, strict, lambda: _explain(model, state_dict, prefix))
 
 
-def _fill_reference_grid(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
-    """Rotary weights without a reference grid get the one of their pretrained_cfg, not of the model being built."""
+def _fill_reference_grid(model: Any, state_dict: Dict[str, Any], prefix: str) -> Optional[Tuple[int, int]]:
+    """Rotary weights without a reference grid get the one of their pretrained_cfg, not of the model being built.
+
+    Returns it, or None if there is nothing to do.
+    """
     input_size = getattr(model, 'pretrained_cfg', {}).get('input_size')
-    if f'{prefix}{GRID}' not in state_dict and input_size is not None:
-        patch = model.patch_embed.patch_size
-        state_dict[f'{prefix}{GRID}'] = torch.tensor([input_size[-2] // patch[0], input_size[-1] // patch[1]])
+    if f'{prefix}{GRID}' in state_dict or input_size is None:
+        return None
+    patch = model.patch_embed.patch_size
+    grid = input_size[-2] // patch[0], input_size[-1] // patch[1]
+    state_dict[f'{prefix}{GRID}'] = torch.tensor(grid, device='cpu')
+    return grid
 
 
-def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> None:
+def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str, alone: bool) -> None:
     key, grid_key = f'{prefix}pos_embed', f'{prefix}pos_embed_grid'
     pos_embed = state_dict.get(key)
     if not isinstance(pos_embed, Tensor) or model.pos_embed is None or pos_embed.ndim != 3:
@@ -134,6 +151,8 @@ def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> No
     tokens = pos_embed.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
     grid = _pos_embed_grid(state_dict.get(grid_key), state_dict.get(f'{prefix}{GRID}'), tokens)
     target = tuple(model.patch_embed.grid_size)
+    if alone and grid_key not in state_dict and pos_embed.shape == model.pos_embed.shape:
+        grid = target
     if grid is None:
         if pos_embed.shape[1] != model.pos_embed.shape[1]:
             raise RuntimeError(
@@ -142,7 +161,7 @@ def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str) -> No
         grid = target
     if grid != target and not pos_embed.is_meta:
         state_dict[key] = model._resize_pos_embed(pos_embed, grid, target)
-    state_dict[grid_key] = torch.tensor(target, dtype=torch.float32)
+    state_dict[grid_key] = torch.tensor(target, dtype=torch.float32, device='cpu')
 
 
 def _pos_embed_grid(saved: Any, reference: Any, tokens: int) -> Optional[Tuple[int, int]]:

@@ -4,10 +4,11 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ContextManager, Dict, Optional, Tuple
+from typing import Any, ContextManager, Dict, List, Optional, Set, Tuple
 
 import torch
-from timm.data import create_dataset, create_loader
+from PIL import Image
+from timm.data import ImageDataset, create_dataset, create_loader
 from torch import nn
 from tqdm import tqdm
 
@@ -35,7 +36,26 @@ def open_images(folder: Path) -> Any:
         raise ValueError(
             f'{folder} holds images of a single class, {next(iter(classes), "")!r}, on which every answer is right: '
             f'expected a folder of images for each class.')
+    dataset.__class__ = Images  # timm looks for the folder and makes one of its own class
     return dataset
+
+
+class Images(ImageDataset):
+    """Images and classes of a folder; what cannot be read is black, of class -1 - index.
+
+    timm's own puts the next image in its place, which would count twice.
+    """
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        path, target = self.reader.samples[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert(self.input_img_mode)
+        except MemoryError:
+            raise
+        except Exception:  # of any decoder
+            image, target = Image.new(self.input_img_mode, (1, 1)), -1 - index
+        return self.transform(image), target
 
 
 class Evaluation:
@@ -68,6 +88,7 @@ class Evaluation:
         self.crop_pct = crop_pct
         self.amp_dtype = amp_dtype
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._told: Set[int] = set()
 
     def at_size(self, subject: Subject, size: Size, rule: Optional[str]) -> Tuple[nn.Module, Dict[str, Any]]:
         """A copy of the model for images of (height, width), on the device, and how these are prepared.
@@ -105,10 +126,11 @@ class Evaluation:
 
         Returns:
             Plain JSON values: how the images were prepared, counts of right answers (`right_top1`, `right_top5`) and
-            the accuracies in per cent, `seconds` and `images_per_second`, reading images included.
+            the accuracies in per cent, `seconds` and `images_per_second`, reading images included; how many images are
+            `unreadable` and left out, if any.
 
         Raises:
-            RuntimeError: Logits that are not finite.
+            RuntimeError: Logits that are not finite, or no image that can be read.
         """
         model, config = self.at_size(subject, size, rule)
         channels = config['input_size'][0]
@@ -118,7 +140,7 @@ class Evaluation:
             num_workers=self.workers, interpolation=config['interpolation'], mean=config['mean'], std=config['std'],
             crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], persistent_workers=self.workers > 0)
         # summed on the device: reading a number after each batch would wait for it
-        sums = torch.zeros(3, dtype=torch.int64, device=self.device)
+        sums, seen = torch.zeros(3, dtype=torch.int64, device=self.device), []
         start = time.perf_counter()
         # in a log file a line now and then
         interval = .2 if sys.stderr.isatty() else 20.
@@ -127,20 +149,36 @@ class Evaluation:
                 with self._autocast():
                     logits = model(images.contiguous(memory_format=self.layout))
                 right = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-                sums += torch.stack([right[:, 0].sum(), right.sum(), (~logits.isfinite()).sum()])
+                broken = ~logits.isfinite() & (targets >= 0)[:, None]
+                sums += torch.stack([right[:, 0].sum(), right.sum(), broken.sum()])
+                seen.append(targets)
                 bar.update(len(images))
-        top1, top5, broken = sums.tolist()
+        top1, top5, count = sums.tolist()
         seconds = time.perf_counter() - start
-        if broken:
+        if count:
             raise RuntimeError(
-                f'{title}: {broken} logits are not finite. If the weights are sound, the precision is too low: '
+                f'{title}: {count} logits are not finite. If the weights are sound, the precision is too low: '
                 f'--amp-dtype bfloat16, or no --amp.')
-        n = len(self.dataset)
+        unread = sorted(-1 - i for i in torch.cat(seen).tolist() if i < 0)
+        n = len(self.dataset) - len(unread)
+        self._tell(unread)
+        if not n:
+            raise RuntimeError(f'{title}: no image can be read.')
         return dict(
             top1=100 * top1 / n, top5=100 * top5 / n, right_top1=top1, right_top5=top5, images=n,
             images_per_second=n / seconds, seconds=seconds, crop_pct=config['crop_pct'], crop_mode=config['crop_mode'],
             interpolation=config['interpolation'], mean=list(config['mean']), std=list(config['std']),
-            parameters=sum(p.numel() for p in subject.model.parameters()))
+            parameters=sum(p.numel() for p in subject.model.parameters()),
+            **({'unreadable': len(unread)} if unread else {}))
+
+    def _tell(self, unread: List[int]) -> None:
+        """Name images that cannot be read, once."""
+        new = [self.dataset.filename(i) for i in unread if i not in self._told]
+        self._told.update(unread)
+        if new:
+            rest = f' and {len(new) - 5} more' if len(new) > 5 else ''
+            print(f'sweep: {len(new)} of {len(self.dataset)} images cannot be read and are left out: '
+                  f'{", ".join(new[:5])}{rest}.', file=sys.stderr)
 
     def _autocast(self) -> ContextManager[Any]:
         if self.amp_dtype is None:

@@ -35,9 +35,11 @@ def format_table(rows: Rows) -> str:
     lines = [['top-1, %', *sizes], *(
         [label_of(*model), *(found.get((model, size), '') for size in sizes)] for model in models)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return '\n'.join('  '.join(
+    text = ['  '.join(
         [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
-        for line in lines)
+        for line in lines]
+    unreadable = max(row.get('unreadable', 0) for row in rows)
+    return '\n'.join([*text, *([f'(without {unreadable} images that cannot be read)'] if unreadable else [])])
 
 
 def check_csv(path: Path) -> None:

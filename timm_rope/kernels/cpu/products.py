@@ -97,5 +97,5 @@ def by_matrix(rows: Tensor, shared: bool) -> Tensor:
 def row_numbers(batch: int, tokens: int, parts: int, heads: int, groups: int, shared: bool) -> Tensor:
     """Numbers of the rows of a packed tensor in the order in which `fetch` takes them."""
     with torch.inference_mode(False):
-        number = torch.arange(batch * tokens * parts * heads * groups, dtype=torch.int32)
+        number = torch.arange(batch * tokens * parts * heads * groups, dtype=torch.int32, device='cpu')
         return by_matrix(number.view(batch, tokens, parts, heads, groups)[:, :, :2], shared).flatten()

@@ -143,5 +143,5 @@ def complex_view(x: Tensor, start: int) -> Tensor:
         return as_complex(x[..., start:start + 2 * pairs].contiguous(), pairs)
     # torch makes complex views at even offsets of a storage only, so this is a storage that begins one number later
     memory = x.untyped_storage()[(x.storage_offset() + start) * x.element_size():]
-    out = torch.empty(0, dtype=torch.complex64)
+    out = x.new_empty(0, dtype=torch.complex64)
     return out.set_(memory, 0, (*x.shape[:-1], pairs), (*(s // 2 for s in x.stride()[:-1]), 1))

@@ -81,11 +81,11 @@ class LieREVit(Layout):
             raise RuntimeError(
                 f'{self.name}: {GENERATORS} of {tuple(raw.shape)} fits neither {per_head} blocks nor {heads} heads of '
                 f'them.')
-        upper = torch.triu_indices(block, block, 1)
+        upper = torch.triu_indices(block, block, 1, device=raw.device)
         weights.encoding = 'liere'
         weights.tensors['rope.freqs'] = raw.flip(0)[..., upper[0], upper[1]]
         weights.tensors['rope.signature'] = signature('liere', block=block, coords='ends')
-        weights.tensors['rope.reference_grid'] = torch.tensor([side, side])
+        weights.tensors['rope.reference_grid'] = torch.tensor([side, side], device='cpu')
         weights.model_args.update(
             rope_block=block, rope_coords='ends', rope_share_heads=raw.shape[2] == per_head and heads > 1)
         if raw.shape[1] == 1:

@@ -107,7 +107,7 @@ class NaverSwin(Layout):
             weights.tensors[f'{attention}rope.signature'] = signature('axial', temperature=temperature)
         # row and column numbers of the tokens of a window: the one the weights were trained with
         tables = f'{attention}rope_t_y', f'{attention}rope_t_x'
-        window = grid_of_tables(tensors, *tables) if set(tables) <= set(tensors) else torch.tensor([7, 7])
+        window = grid_of_tables(tensors, *tables) if set(tables) <= set(tensors) else torch.tensor([7, 7], device='cpu')
         weights.tensors[f'{attention}rope.reference_grid'] = window
 
 
@@ -124,7 +124,7 @@ def _temperature(freqs: Tensor) -> float:
     if groups < 2 or not bool((x > 0).all()):
         return SWIN_TEMPERATURE
     temperature = float((x[0, 0] / x[0, -1]) ** (groups / (groups - 1)))
-    series = temperature ** (-torch.arange(groups, dtype=torch.float64) / groups)
+    series = temperature ** (-torch.arange(groups, dtype=x.dtype, device=x.device) / groups)
     same = all(torch.allclose(each.double(), series.expand_as(x), rtol=1e-3) for each in (x, freqs[1, :, groups:]))
     return float(f'{temperature:.3g}') if same else SWIN_TEMPERATURE
 
@@ -139,8 +139,8 @@ def grid_of_tables(tensors: Dict[str, Tensor], rows: str, columns: str) -> Tenso
     if 0 < len(y) == len(x) and bool((y + x).isfinite().all()):
         grid = [int(1 + y.max()), int(1 + x.max())]
         numbers = (y * grid[1] + x).sort().values
-        if grid[0] * grid[1] == len(x) and torch.equal(numbers, torch.arange(len(x), dtype=x.dtype)):
-            return torch.tensor(grid)
+        if grid[0] * grid[1] == len(x) and torch.equal(numbers, torch.arange(len(x), dtype=x.dtype, device=x.device)):
+            return torch.tensor(grid, device='cpu')
     raise RuntimeError(
         f'{rows} and {columns} must hold the row and column numbers of all patches of a grid; these are of none.')
 

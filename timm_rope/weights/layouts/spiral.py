@@ -31,7 +31,7 @@ class SpiralDeit(Layout):
             raise RuntimeError(f'{self.name}: the blocks have different frequencies, which no model here computes.')
         scale, groups = float(freqs[0]), len(freqs)
         temperature = float((freqs[0] / freqs[-1]) ** (groups / max(groups - 1, 1)))
-        expected = scale * temperature ** (-torch.arange(groups, dtype=torch.float64) / groups)
+        expected = scale * temperature ** (-torch.arange(groups, dtype=freqs.dtype, device=freqs.device) / groups)
         args = extra.get('args')
         args = args if isinstance(args, dict) else getattr(args, '__dict__', {})
         if not torch.allclose(freqs, expected, rtol=1e-4) or args.get('same_theta') or args.get('truncate_percentage'):
@@ -51,7 +51,7 @@ class SpiralDeit(Layout):
                 pos_embed='learn', img_size=side * patch,
                 **{f'rope_{k}': v for k, v in options.items()}),
             left_out=dict.fromkeys(buffers, 'frequencies, which the encoding computes'))
-        out['rope.reference_grid'] = torch.tensor([side, side])
+        out['rope.reference_grid'] = torch.tensor([side, side], device='cpu')
         if 'rotate' not in args:
             weights.ask['rope_directions'] = (
                 'the checkpoint holds no training arguments (`args.rotate`); the paper uses 16 directions')
