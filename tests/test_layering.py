@@ -129,5 +129,5 @@ def test_no_room_is_crowded():
     for name, bound in ROOM.items():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
-    assert core <= 4520, f'{", ".join(CORE)} have {core} lines together, the bound is 4520'
-    assert lines_of(*FILES) <= 13400, f'the package has {lines_of(*FILES)} lines, the bound is 13400'
+    assert core <= 4540, f'{", ".join(CORE)} have {core} lines together, the bound is 4540'
+    assert lines_of(*FILES) <= 13440, f'the package has {lines_of(*FILES)} lines, the bound is 13440'

@@ -1,6 +1,7 @@
 """exp(x A_x + y A_y) at every position of a grid, with its own gradient: scaling, Taylor polynomial, squaring.
 
-Points anywhere are a grid of one column in which every row has its own x: y (N,) and x (N, 1).
+Points anywhere are a grid of one column in which every row has its own x: y (N,) and x (N, 1). They have no axes to sum
+along; all coefficients meet all monomials x^i y^(k-i) in one product of matrices.
 
 A = x A_x + y A_y is divided by 2^s, so that few terms of the Taylor series sum_k A^k / k! suffice. That polynomial of a
 matrix is also a polynomial in the two numbers x and y. Its coefficients, the sums of all products of i times A_x and
@@ -86,7 +87,7 @@ def forward(freqs: Tensor, y: Tensor, x: Tensor, size: int, plan: Plan, squared_
         return out.fill_(math.nan).flatten(2).unflatten(0, [layers, heads])
     a = _scaled(freqs, size, plan)
     up_y, up_x = (_powers(axis, plan, a.dtype) for axis in (y, x))
-    for part in _chunks(out, x, plan):
+    for part in _chunks(out):
         made = _polynomial(_coefficients(a[:, part].flatten(1, 2), plan.degree), up_y, up_x).to(squared_in)
         for _ in range(plan.squarings):
             made = torch.bmm(made, made)
@@ -103,7 +104,7 @@ def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, plan:
     up_y, up_x = (_powers(axis, plan, freqs.dtype) for axis in (y, x))
     signs = torch.tensor([1., -1.], device=x.device, dtype=freqs.dtype).repeat(plan.degree // 2 + 1)[:plan.degree + 1]
     out, grad = torch.empty_like(a), grad.unflatten(-1, [groups, size, size]).flatten(0, 1)
-    for part in _chunks(grad, x, plan):
+    for part in _chunks(grad):
         generators = a[:, part].flatten(1, 2)
         terms = _coefficients(generators, plan.degree)
         f = _polynomial(terms, up_y * signs, up_x * signs)  # at the opposite positions
@@ -133,9 +134,19 @@ def _powers(axis: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     return ((axis / plan.reach).unsqueeze(-1) ** torch.arange(plan.degree + 1, device=axis.device)).to(dtype)
 
 
+def _monomials(up_y: Tensor, up_x: Tensor) -> Tensor:
+    """Powers of the coordinates of points, (N, K) and (N, 1, K) -> (N, K (K + 1) / 2), in the order of the terms."""
+    powers = torch.arange(up_y.shape[1], device=up_y.device)
+    of_x = torch.cat([powers[:k + 1] for k in range(len(powers))])
+    of_y = torch.cat([powers[:k + 1].flip(0) for k in range(len(powers))])
+    return up_y[:, of_y] * up_x[:, 0, of_x]
+
+
 def _polynomial(terms: List[Tensor], up_y: Tensor, up_x: Tensor) -> Tensor:
     """The sum of x^i y^(k-i) times the coefficients (P, k + 1, b, b) of every degree k, (P N, b, b)."""
     size, powers = terms[0].shape[-1], len(terms)
+    if up_x.ndim == 3:
+        return torch.matmul(_monomials(up_y, up_x), torch.cat(terms, dim=1).flatten(2)).view(-1, size, size)
     by_powers = terms[0].new_zeros(terms[0].shape[0], powers, powers, size * size)  # of y, of x
     for k, term in enumerate(terms):
         i = torch.arange(k + 1, device=term.device)
@@ -147,6 +158,9 @@ def _polynomial(terms: List[Tensor], up_y: Tensor, up_x: Tensor) -> Tensor:
 def _polynomial_backward(grad: Tensor, up_y: Tensor, up_x: Tensor) -> List[Tensor]:
     """Gradients of the coefficients of every degree from that of the sum, (P, rows, columns, b b)."""
     size, powers = math.isqrt(grad.shape[-1]), up_x.shape[-1]
+    if up_x.ndim == 3:
+        by_monomials = torch.matmul(_monomials(up_y, up_x).mT, grad.flatten(1, 2)).unflatten(-1, [size, size])
+        return list(by_monomials.split(list(range(1, powers + 1)), dim=1))
     rows = torch.matmul(up_x.mT, grad)
     by_powers = torch.matmul(up_y.mT, rows.flatten(2)).view(-1, powers, powers, size, size)
     out = []
@@ -180,9 +194,9 @@ def _coefficients_backward(a: Tensor, terms: List[Tensor], grads: List[Tensor]) 
     return out
 
 
-def _chunks(matrices: Tensor, x: Tensor, plan: Plan) -> List[slice]:
-    """Slices of heads (L H, ...) that are worked on at a time; points keep all powers of x for each of them."""
-    room = (CHUNK if matrices.device.type == 'cpu' else CHUNK_OF_A_GPU) // (plan.degree if x.ndim == 2 else 1)
+def _chunks(matrices: Tensor) -> List[slice]:
+    """Slices of heads (L H, ...) that are worked on at a time."""
+    room = CHUNK if matrices.device.type == 'cpu' else CHUNK_OF_A_GPU
     step = max(1, room // max(1, matrices[0].numel()))
     return [slice(i, i + step) for i in range(0, len(matrices), step)]
 
