@@ -249,6 +249,13 @@ def test_compiled(name, of_coordinates):
                 assert torch.allclose(a, b, atol=2e-5 * b.abs().max().item())
 
 
+def test_another_number_of_images_is_refused():
+    rope = make('mixed')
+    for images in (1, 3):
+        with pytest.raises(ValueError, match=f'payload is of {images} images of their own, the queries.*of 2'):
+            rotate(torch.randn(2, 5, 192), rope.at(points(images, 5))[0], rope.rotation, 2)
+
+
 @pytest.mark.parametrize('name', ['mixed', 'spherical', 'liere'])
 def test_transforms(name):
     rope, at = make(name, dtype=torch.float64, head_dim=8), points(3, 4, dtype=torch.float64)
@@ -273,7 +280,9 @@ def test_a_training_step_settles_the_reference_grid():
     for extent in ((6, 9), None):
         rope = make('spherical').train()
         rope.set_initial_grid((5, 7))
-        rope.at(points(3), extent=extent)
+        rope.eval().at(points(3), extent=extent)
+        assert rope.undecided
+        rope.train().at(points(3), extent=extent)
         assert not rope.undecided and rope.reference_grid.tolist() == list(extent or (5, 7))
 
 

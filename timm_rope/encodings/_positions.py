@@ -4,7 +4,7 @@ from typing import ClassVar, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .._tracing import plain
+from .._tracing import plain, recording
 from ..positions.augmentation import augment
 from ..positions.coordinates import grid_axes, point_axes, read_grid, reference_side, to_grid
 from ..positions.scaling import growth, interpolate, rescale
@@ -61,10 +61,10 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
                 two positive integers.
         """
         check_coordinates(coordinates, self.freqs.device)
-        if not torch.compiler.is_compiling():
-            extent = None if extent is None else to_grid(extent, 'extent')
-            if self._undecided:  # what the coordinates of a training step are in units of is decided
-                self.settle_reference_grid(extent or read_grid(self.reference_grid, 'reference_grid'))
+        if extent is not None and not torch.compiler.is_compiling():
+            extent = to_grid(extent, 'extent')
+        if self._undecided and not recording():
+            self._settle(extent)
         axes = point_axes(
             coordinates, extent, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
         identity, table = self._tables(axes[0], axes[1], extent)
@@ -72,6 +72,13 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
         if coordinates.ndim == 3:
             identity, table = identity.unsqueeze(1), table.unflatten(2, coordinates.shape[:2]).transpose(1, 2)
         return per_block(identity, table, num_prefix_tokens, self.depth)
+
+    def _settle(self, extent: Optional[Tuple[int, int]]) -> None:
+        """In a training step, decide the grid that the coordinates are in units of."""
+        if extent is None and not torch.compiler.is_compiling() and not self.reference_grid.is_meta:
+            extent = read_grid(self.reference_grid, 'reference_grid')
+        if extent is not None:
+            self.settle_reference_grid(extent)
 
     def _tables(self, y: Tensor, x: Tensor, grid: Optional[Tuple[int, int]]) -> Tuple[Tensor, Tensor]:
         """Payloads (L, H, 1, W) of a prefix token and (L, H, N, W) of positions in a grid; None is the reference grid.
