@@ -69,6 +69,23 @@ def test_a_crop_is_where_it_is_in_the_whole(encoding):
     assert (through_blocks(model, embedded(model, crop), moved) - alone).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize('encoding', timm_rope.list_ropes())
+def test_images_of_two_shapes_in_one_batch(encoding):
+    model, grids = make(f'vit_tiny_rope_{encoding}', embed_dim=32), [(3, 6), (5, 4)]
+    images = [torch.randn(1, 3, 8 * rows, 8 * columns) for rows, columns in grids]
+    places = [torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) for rows, columns in grids]
+    if model.rope.coords == 'cells' and model.rope.centered:  # the middle of each is that of the reference grid
+        places = [p - (torch.tensor(grid) - torch.tensor([4, 4])) / 2 for p, grid in zip(places, grids)]
+    padded = [torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in (
+        places, [embedded(model, image)[0] for image in images])]
+    mask = torch.tensor([[True] * 19 + [False] * 2, [True] * 21])[:, None, None]
+    tokens = padded[1]
+    for block, payload in zip(model.blocks, model.rope.at(padded[0], 1)):
+        tokens = block(tokens, attn_mask=mask, payload=payload)
+    for image, out, count in zip(images, model.norm(tokens), (19, 21)):
+        assert torch.allclose(out[:count], model.forward_features(image)[0], atol=1e-5)
+
+
 def test_in_a_compiled_graph():
     torch._dynamo.reset()
     model = make('vit_tiny_rope_mixed')
