@@ -6,15 +6,19 @@ import numpy as np
 
 def coordinates(size, reference, coords, span, centered):
     """Coordinate of each of `size` positions along one axis."""
+    return [coordinate(i, size, reference, coords, span, centered) for i in range(size)]
+
+
+def coordinate(place, size, reference, coords, span, centered):
+    """Coordinate of any place, in patches, along an axis of `size` patches."""
     if coords == 'index':
-        return [float(i) for i in range(size)]
+        return float(place)
     if coords == 'cells':
-        images = [(i + 0.5) / reference for i in range(size)]
+        image = (place + 0.5) / reference
     else:
-        extent = size / reference
-        images = [extent * i / (size - 1) if size > 1 else extent / 2 for i in range(size)]
+        image = size / reference * place / (size - 1) if size > 1 else (place + 0.5) / reference
     shift = 0.5 * size / reference if centered else 0.0
-    return [span * (u - shift) for u in images]
+    return span * (image - shift)
 
 
 def turn(angle):
@@ -159,17 +163,21 @@ def liere(at):
 
 def rotations(rope, grid, layer, head):
     """(N, D, D) matrices of an encoding, from its name, options and learned values alone."""
+    return rotations_at(rope, [(i, j) for i in range(grid[0]) for j in range(grid[1])], grid, layer, head)
+
+
+def rotations_at(rope, points, grid, layer, head):
+    """The same at points (row, column) in units of patches of a grid."""
     if rope.name not in FORMULAS:
         raise NotImplementedError(f'write the formula of {rope.name!r} in tests/oracle.py, under @formula')
     span, centered = (1.0, False) if rope.name == 'liere' else (2 * math.pi, True)
     reference = rope.reference_grid.tolist()
-    ys = coordinates(grid[0], reference[0], rope.options['coords'], span, centered)
-    xs = coordinates(grid[1], reference[1], rope.options['coords'], span, centered)
     at = Place(rope, grid, layer, head)
     out = []
-    for at.y in ys:
-        for at.x in xs:
-            out.append(FORMULAS[rope.name](at))
+    for row, column in points:
+        at.y = coordinate(row, grid[0], reference[0], rope.options['coords'], span, centered)
+        at.x = coordinate(column, grid[1], reference[1], rope.options['coords'], span, centered)
+        out.append(FORMULAS[rope.name](at))
     return np.stack(out)
 
 

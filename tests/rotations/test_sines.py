@@ -30,6 +30,7 @@ def test_operator_is_well_registered(dtype, requires_grad):
 def test_gradient_of_the_operator():
     position, freqs = torch.randn(5, dtype=torch.float64), frequencies(2, 3, 4, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda f: sines.operator(position, f), freqs)
+    assert torch.autograd.gradcheck(sines.operator, (position.requires_grad_(), freqs))
 
 
 @pytest.mark.slow

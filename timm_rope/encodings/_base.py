@@ -1,7 +1,8 @@
 """What an encoding is: coordinate convention + frequencies + rotation + learned or not, under a name.
 
 This is the contract: what a subclass states (one file in `encodings/`, one line in `encodings/__init__.py`), and what
-everybody else asks of it, the payloads of a grid. Beside it: `_usage.py`, `_state.py`, `_reference.py`, `_cache.py`.
+everybody else asks of it, the payloads of a grid or of points (`_positions.py`). Beside it: `_usage.py`, `_state.py`,
+`_reference.py`, `_cache.py`.
 
 Shapes: see `rotations/__init__.py`.
 """
@@ -11,28 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice, check_flag, check_integer, check_positive
-from ..positions.augmentation import augment
-from ..positions.coordinates import COORDS, grid_axes, reference_side, to_grid
-from ..positions.scaling import growth, interpolate, log_n_scale, rescale
+from ..positions.coordinates import COORDS, to_grid
+from ..positions.scaling import log_n_scale
 from ..rotations import Rotation
-from ._cache import KeepsPayloads, PayloadCache
-from ._payloads import check_rotate, per_block
+from ._cache import PayloadCache
+from ._payloads import check_rotate
+from ._positions import MakesPayloads
 from ._signature import format_signature, write_signature
-from ._state import SavedState
-from ._usage import USAGE, HasUsage
+from ._usage import USAGE
 
-# FX keeps these as single nodes; it looks for them by name in the module that calls them, so not only where they stand
-for _name in ('augment', 'grid_axes', 'growth', 'log_n_scale', 'per_block', 'reference_side', 'rescale'):
-    torch.fx.wrap(_name)
+torch.fx.wrap('log_n_scale')  # FX keeps it as a single node; it looks for the name in the module that calls it
 
 ENCODINGS: Dict[str, Type['RotaryEncoding']] = {}
 SHARING = dict(share_heads=False, share_layers=False)  # options of every learned encoding
 
 
-class RotaryEncoding(HasUsage, KeepsPayloads, SavedState):
+class RotaryEncoding(MakesPayloads):
     """Base class of every rotary encoding.
 
-    Calling the module with a grid size gives the payloads, one per block of the model; `rotate` applies one.
+    Calling the module with a grid size gives the payloads, one per block of the model, `at` those of points anywhere;
+    `rotate` applies one.
 
         rope = create_rope('spherical', head_dim=64, num_heads=6, depth=12)
         payloads = rope((14, 14))
@@ -226,31 +225,6 @@ class RotaryEncoding(HasUsage, KeepsPayloads, SavedState):
             if self._is_eager(grid_size):
                 return self._cached_payloads(to_grid(grid_size, 'grid_size'), num_prefix_tokens)
         return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
-
-    def _payloads(self, height: int, width: int, num_prefix_tokens: int) -> List[Tensor]:
-        freqs = self.frequencies()
-        axes = grid_axes(height, width, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
-        y, x = axes[0], axes[1]
-        if self.scaling != 'extrapolate':
-            s = growth(height, width, self.reference_grid, self.freqs)
-            if self.scaling == 'interpolate':
-                y, x = interpolate(y, s[1], self.coords), interpolate(x, s[0], self.coords)
-            else:
-                side = reference_side(self.reference_grid, self.freqs, self.coords, self.span)
-                freqs = rescale(self.scaling, freqs, s, side, self.axes_apart)
-        if self._augmented and self.training:
-            moved = augment(
-                y, x, reference_side(self.reference_grid, self.freqs, self.coords, self.span),
-                self._shift, self._jitter, self._rescale)
-            y, x = moved[0], moved[1]
-        # R(0) is the identity in every encoding: a prefix token sits at the origin
-        origin = torch.zeros_like(y[:1])
-        return per_block(
-            self.rotation.table(freqs, origin, origin),
-            self.rotation.table(freqs, y, x),
-            num_prefix_tokens,
-            self.depth,
-        )
 
     def score_scale(self, tokens: int, num_prefix_tokens: int = 0) -> Tensor:
         """What the scores of `tokens` queries and keys are multiplied by if `log_n` is set, see `scaling.log_n_scale`.

@@ -7,9 +7,11 @@ from torch import Tensor
 
 @torch.fx.wrap
 def per_block(identity: Tensor, table: Tensor, num_prefix_tokens: int, depth: int) -> List[Tensor]:
-    """Payloads (L or 1, H or 1, N, W) with that of the prefix tokens in front -> one (H or 1, ..., W) per block."""
+    """Payloads (L or 1, [B,] H or 1, N, W) with that of the prefix tokens in front -> one for each block."""
     if num_prefix_tokens > 0:
-        table = torch.cat((identity.expand(-1, -1, num_prefix_tokens, -1), table), dim=2)
+        shape = list(table.shape)
+        shape[-2] = num_prefix_tokens
+        table = torch.cat((identity.expand(shape), table), dim=-2)
     if table.shape[0] == 1:
         shared = table[0]
         return [shared for _ in range(depth)]

@@ -105,11 +105,12 @@ class ClampedPairRotation(PairRotation):
 @torch.fx.wrap
 def clamped_pair_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
     wide = freqs.to(y.dtype)  # coordinates come in the widest dtype there is
-    row, column = 0.5 * (y[0] + y[-1]), 0.5 * (x[0] + x[-1])
+    x = torch.atleast_2d(x)
+    row, column = 0.5 * (y[0] + y[-1]), 0.5 * (x[0, 0] + x[-1, -1])
     theta = wide.square().sum(0).sqrt()
     half = theta.shape[-1] // 2
     extent = torch.cat((theta[..., :half] * row, theta[..., half:] * column), dim=-1).unsqueeze(2)
-    along_x = (x - column).reshape(1, 1, 1, -1, 1) * wide[0].unsqueeze(2).unsqueeze(2)
+    along_x = (x - column).unsqueeze(-1) * wide[0].unsqueeze(2).unsqueeze(2)
     along_y = (y - row).reshape(1, 1, -1, 1, 1) * wide[1].unsqueeze(2).unsqueeze(2)
     angle = (along_x + along_y).flatten(2, 3)
     angle = extent + torch.minimum(torch.maximum(angle, -extent), extent)

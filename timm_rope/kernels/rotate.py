@@ -36,15 +36,19 @@ def rotate(
         Queries, keys and values, (B, H, N, D) each.
 
     Raises:
-        ValueError: The payload is of another number of tokens, or TIMM_ROPE_KERNEL names no route.
+        ValueError: The payload is of another number of tokens or images, or TIMM_ROPE_KERNEL names no route.
         RuntimeError: TIMM_ROPE_KERNEL names a route that cannot take this input.
     """
     tokens, places = qkv.shape[1], payload.shape[-2]
-    # sizes that are being recorded are no plain numbers, and need not be compared
-    if type(tokens) is int and type(places) is int and tokens != places:
+    if _differ(tokens, places):
         raise ValueError(
             f'The payload is of {places} tokens, the queries and keys are of {tokens}: call the encoding with the grid '
             f'of these tokens, and if some were dropped or inserted, index its payload (axis -2) likewise.')
+    images = payload.shape[:-3]
+    if isinstance(images, tuple) and images and _differ(images[0], qkv.shape[0]):
+        raise ValueError(
+            f'The payload is of {images[0]} images of their own, the queries and keys are of {qkv.shape[0]}: give one '
+            f'payload (heads, tokens, width) for all images, or one for each of them.')
     if torch.compiler.is_compiling():
         name = graph.route_for(qkv, payload, rotation, num_heads)
         if name:
@@ -56,6 +60,11 @@ def rotate(
     if torch.is_grad_enabled() and (qkv.requires_grad or payload.requires_grad):
         return _Rotate.apply(qkv, payload, rotation, num_heads, route)
     return _turn_in_place(qkv, payload, rotation, num_heads, route)
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Whether two sizes differ; those that are being recorded are no plain numbers, and need not be compared."""
+    return type(a) is int and type(b) is int and a != b
 
 
 def unpack(qkv: Tensor, num_heads: int) -> Tuple[Tensor, Tensor, Tensor]:

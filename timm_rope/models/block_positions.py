@@ -2,12 +2,16 @@
 
 A block turns queries and keys by a payload, which the model gives it. Called without one, it takes that of the grid of
 the model if its tokens are all the tokens of such a grid; anything else is an error that says how to give positions.
+`rope_payloads` gives them for some of the patches, `model.rope.at` for points anywhere.
 """
-from typing import Any, Dict
+from typing import Any, Dict, List, Optional, Tuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from .._tracing import plain
 from ..encodings import RotaryEncoding
+from ..encodings._payloads import keep_tokens
 
 
 class BlockPositions:
@@ -35,8 +39,63 @@ class BlockPositions:
         raise ValueError(
             f'A block that is called without a payload takes all tokens of the grid of its model, {prefix} + '
             f'{nominal[0]} x {nominal[1]}, got {tokens}. Give their positions: '
-            f'block(x, payload=model.rope((rows, columns), {prefix})[{self.index}]), and where tokens were dropped '
-            f'payload[:, kept].')
+            f'block(x, payload=model.rope((rows, columns), {prefix})[{self.index}]), and where patches were dropped '
+            f'model.rope_payloads((rows, columns), keep=...)[{self.index}].')
+
+
+class TakesTokens:
+    """Part of a ViT that gives the positions of tokens which somebody else leads through its blocks."""
+    rope: Optional[RotaryEncoding]
+    blocks: nn.Sequential
+    num_prefix_tokens: int
+
+    @torch.jit.ignore
+    def rope_payloads(self, grid: Tuple[int, int], keep: Optional[Tensor] = None) -> List[Optional[Tensor]]:
+        """Payloads of the prefix tokens and of some patches of an image, in their order.
+
+            for block, payload in zip(model.blocks, model.rope_payloads((14, 14), keep)):
+                tokens = block(tokens, payload=payload)
+
+        With log-n, blocks take `score_scale=model.rope.score_scale(tokens.shape[1], model.num_prefix_tokens)` as well.
+
+        Args:
+            grid: (rows, columns) of patches of the image.
+            keep: Numbers of patches, counted along the rows from 0, in any order: (K,), or (B, K) where every image
+                keeps its own. None keeps all.
+
+        Returns:
+            One per block: (H or 1, prefix + K, W), with (B, K) patches (B, H or 1, prefix + K, W), or None in a model
+            without an encoding.
+
+        Raises:
+            TypeError: `keep` is no tensor of integers.
+            ValueError: `keep` is of another shape, or, if it can be looked at, has no such patch; or `grid` is not two
+                positive integers.
+        """
+        if keep is not None:
+            check_keep(keep, grid)
+        if self.rope is None:
+            return [None for _ in self.blocks]
+        payloads = self.rope(grid, self.num_prefix_tokens)
+        if keep is None:
+            return list(payloads)
+        kept = [keep_tokens(p, torch.atleast_2d(keep), self.num_prefix_tokens) for p in payloads]
+        return [p if keep.ndim == 2 else p[0] for p in kept]
+
+
+def check_keep(keep: Tensor, grid: Tuple[int, int]) -> None:
+    """Refuse what are no numbers of patches (K,) or (B, K)."""
+    if not isinstance(keep, Tensor) or keep.dtype not in (torch.int64, torch.int32):
+        got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+        raise TypeError(f'keep must be a tensor of integers, the numbers of the patches to keep, got {got}.')
+    if keep.ndim not in (1, 2):
+        raise ValueError(f'keep must be (K,) or (batch, K), got {tuple(keep.shape)}.')
+    if not torch.compiler.is_compiling() and plain(keep) and keep.numel():
+        patches, (least, most) = grid[0] * grid[1], keep.aminmax()
+        if least < 0 or most >= patches:
+            raise ValueError(
+                f'keep must be numbers from 0 to {patches - 1}, the patches of {grid[0]} x {grid[1]}, got {int(least)} '
+                f'to {int(most)}.')
 
 
 def place(model: Any, rope: RotaryEncoding, told: bool) -> None:

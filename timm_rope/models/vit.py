@@ -23,7 +23,7 @@ from ..weights.fit_vit import checkpoint_filter_fn as checkpoint_filter_fn  # ti
 from ..weights.fit_vit import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed
 from .attention import RopeBlock
-from .block_positions import place
+from .block_positions import TakesTokens, place
 from .norms import get_norm
 from .patch_embed import GridPatchEmbed, new_sizes, to_image_size, to_size
 from .plain_vit import PlainVisionTransformer, check_arguments
@@ -34,7 +34,7 @@ from .rotary import RotaryModel, take_options
 torch.fx.wrap('keep_tokens')
 
 
-class RopeVisionTransformer(RotaryModel, Checkpointed, PlainVisionTransformer):
+class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionTransformer):
     """timm's VisionTransformer with a rotary position encoding.
 
     The encoding is the child `rope`, created from `rope_encoding` and every argument that starts with `rope_`; its

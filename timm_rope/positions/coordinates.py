@@ -1,4 +1,4 @@
-"""Where the patches of an image are: coordinates of the rows and columns of a grid of any size.
+"""Where the patches of an image are: coordinates of the rows and columns of a grid of any size, and of points.
 
 A *reference grid* is the grid the weights were trained on. It fixes the unit of the relative conventions, so a larger
 grid reaches further and the step between two patches never changes (but see 'ends', and the rules of `scaling.py`).
@@ -19,12 +19,18 @@ COORDS = ('index', 'cells', 'ends')
 
 def _axis(size: int, reference: Tensor, coords: str, span: float, centered: bool) -> Tensor:
     index = torch.arange(size, device=reference.device).to(reference.dtype)
+    return _places(index, torch.full_like(reference, size), reference, coords, span, centered)
+
+
+def _places(index: Tensor, size: Tensor, reference: Tensor, coords: str, span: float, centered: bool) -> Tensor:
+    """Coordinates of what lies where patch `index` of `size` patches does; all shapes that broadcast."""
     if coords == 'index':
         return index
-    if coords == 'cells' or size == 1:
+    if coords == 'cells':
         images = (index + 0.5) / reference
     else:
-        images = index * (size / ((size - 1) * reference))
+        images = index * (size / ((size - 1.).clamp(min=1.) * reference))
+        images = images + torch.where(size > 1., torch.zeros_like(size), 0.5 / reference)  # one patch is in its middle
     if centered:
         images = images - 0.5 * size / reference
     return images * span
@@ -64,6 +70,37 @@ def grid_axes(
         _axis(height, reference[0], coords, span, centered),
         _axis(width, reference[1], coords, span, centered),
     )
+
+
+def point_axes(
+        points: Tensor,
+        extent: Optional[Tuple[int, int]],
+        reference_grid: Tensor,
+        like: Tensor,
+        coords: str,
+        span: float,
+        centered: bool,
+) -> Tuple[Tensor, Tensor]:
+    """Coordinates of points, between those of the first and the last patch of their grid.
+
+    What depends on where a grid ends (its middle, a clamped wave) finds its ends there, as in `grid_axes`.
+
+    Args:
+        points: (..., 2), row and column, where the patches of the grid have whole numbers from 0.
+        extent: (rows, columns) of the grid; None is the reference grid.
+        reference_grid, like, coords, span, centered: As `grid_axes`.
+
+    Returns:
+        y (1 + N + 1,) and x (1 + N + 1, 1), a grid of one column: see `Rotation.table`.
+    """
+    reference = widest(reference_grid.to(like.dtype)).round()
+    size = reference
+    if extent is not None:
+        size = torch.stack((torch.full_like(reference[0], extent[0]), torch.full_like(reference[1], extent[1])))
+    wide = widest(points if points.dtype in (torch.float32, torch.float64) else points.to(like.dtype)).reshape(-1, 2)
+    wide = torch.cat((torch.zeros_like(size).unsqueeze(0), wide, (size - 1.).unsqueeze(0)))
+    places = _places(wide, size, reference, coords, span, centered)
+    return places[:, 0], places[:, 1:]
 
 
 def reference_side(reference_grid: Tensor, like: Tensor, coords: str, span: float) -> Tensor:

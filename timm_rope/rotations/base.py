@@ -28,12 +28,13 @@ class Rotation(nn.Module):
         self.rotated = size * groups  # leading channels that turn
 
     def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        """Payloads of a grid for all layers.
+        """Payloads of a grid, or of points, for all layers.
 
         Args:
             freqs: (2, L, H, G), radians per unit of coordinate, x first.
             y: (rows,), coordinates of the rows.
-            x: (columns,), coordinates of the columns.
+            x: (columns,), coordinates of the columns, or (rows, columns) where every row has its own. Points anywhere
+                are rows of one column: y (N,) and x (N, 1).
 
         Returns:
             (L, H, N, W) in the dtype of `freqs`, N = rows * columns, row-major.

@@ -1,4 +1,5 @@
-"""Rotations of blocks of channels: the matrix exponential of skew-symmetric generators, for every position of a grid.
+"""Rotations of blocks of channels: the matrix exponential of skew-symmetric generators, for every position of a grid
+or any points.
 
 Blocks of 2, 3 and 4 have closed forms. Larger ones are made all at once by `grid_exponentials.py`, in a compiled graph
 as an operator. Where a graph is recorded for another runtime, or a transform of torch.func or forward-mode AD looks on,
@@ -28,7 +29,7 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     Args:
         freqs: (2, L, H, G, b (b - 1) / 2), strict upper triangles of A_x and A_y row by row, radians per coordinate.
         y: (rows,), coordinates of the rows.
-        x: (columns,), coordinates of the columns.
+        x: (columns,), coordinates of the columns, or (rows, columns) where every row has its own.
         size: b.
 
     Returns:
@@ -49,7 +50,7 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 def _plain_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     # the error of an exponential grows with its norm, over 100 rad at 64x64 patches: 3e-5 in float32 at block 8
     wide = freqs if freqs.device.type == 'mps' else freqs.double()
-    along_x = x.to(wide.dtype).reshape(1, -1, 1, 1) * wide[0].unsqueeze(2).unsqueeze(2)
+    along_x = torch.atleast_2d(x).to(wide.dtype).unsqueeze(-1).unsqueeze(-1) * wide[0].unsqueeze(2).unsqueeze(2)
     along_y = y.to(wide.dtype).reshape(-1, 1, 1, 1) * wide[1].unsqueeze(2).unsqueeze(2)
     triangle = (along_x + along_y).flatten(2, 3)  # (L, H, N, G, b (b - 1) / 2)
     return skew_exp(triangle, size, freqs.dtype).flatten(-3)

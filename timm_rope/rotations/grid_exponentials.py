@@ -1,5 +1,8 @@
 """exp(x A_x + y A_y) at every position of a grid, with its own gradient: scaling, Taylor polynomial, squaring.
 
+Points anywhere are a grid of one column in which every row has its own x: y (N,) and x (N, 1). They have no axes to sum
+along; all coefficients meet all monomials x^i y^(k-i) in one product of matrices.
+
 A = x A_x + y A_y is divided by 2^s, so that few terms of the Taylor series sum_k A^k / k! suffice. That polynomial of a
 matrix is also a polynomial in the two numbers x and y. Its coefficients, the sums of all products of i times A_x and
 k - i times A_y, are made once for a pair of generators. They are summed first with the powers of y, for every row, and
@@ -80,10 +83,10 @@ def plan(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Plan:
     largest = corners.abs().amax()
     fourth = torch.linalg.matrix_power(corners / largest.clamp_min(torch.finfo(a.dtype).tiny), 4)
     norm = float(largest * (fourth.square().sum((-1, -2)).amax() / 2) ** 0.125)
-    reach = float(torch.cat((y, x)).abs().amax()) or 1.0
+    reach = float(torch.cat((y, x.flatten())).abs().amax()) or 1.0
     if not math.isfinite(norm):
         return Plan(0, 1, reach, False)
-    radius = RADIUS if len(y) * len(x) < LARGE else RADIUS_OF_LARGE_GRIDS
+    radius = RADIUS if y.shape[0] * x.shape[-1] < LARGE else RADIUS_OF_LARGE_GRIDS
     squarings = max(0, math.ceil(math.log2(max(norm, radius) / radius)))
     degree, error = 1, norm / 2 ** squarings
     while error * 2 ** squarings > torch.finfo(freqs.dtype).eps / 2:
@@ -95,7 +98,8 @@ def plan(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Plan:
 def forward(freqs: Tensor, y: Tensor, x: Tensor, size: int, plan: Plan, squared_in: torch.dtype) -> Tensor:
     """(2, L, H, G, b (b - 1) / 2) -> (L, H, N, G b b) in the dtype of `freqs`; the squarings are in `squared_in`."""
     layers, heads, groups = freqs.shape[1:4]
-    out = freqs.new_empty(layers * heads, len(y) * len(x), groups, size, size)
+    positions = y.shape[0] * x.shape[-1]
+    out = freqs.new_empty(layers * heads, positions, groups, size, size)
     if not plan.finite:
         return out.fill_(math.nan).flatten(2).unflatten(0, [layers, heads])
     a = _scaled(freqs, size, plan)
@@ -104,7 +108,7 @@ def forward(freqs: Tensor, y: Tensor, x: Tensor, size: int, plan: Plan, squared_
         made = _polynomial(_coefficients(a[:, part].flatten(1, 2), plan.degree), up_y, up_x).to(squared_in)
         for _ in range(plan.squarings):
             made = torch.bmm(made, made)
-        out[part] = made.view(-1, groups, len(y) * len(x), size, size).transpose(1, 2)
+        out[part] = made.view(-1, groups, positions, size, size).transpose(1, 2)
     return out.flatten(2).unflatten(0, [layers, heads])
 
 
@@ -127,7 +131,7 @@ def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, plan:
             other = torch.bmm(g, f)
             both = torch.bmm(f, both)
             both[..., size:] += other
-        grads = _polynomial_backward(both[..., size:].reshape(-1, len(y), len(x), size * size), up_y, up_x)
+        grads = _polynomial_backward(both[..., size:].reshape(-1, y.shape[0], x.shape[-1], size * size), up_y, up_x)
         out[:, part] = _coefficients_backward(generators, terms, grads).unflatten(1, [-1, groups])
     row, column = torch.triu_indices(size, size, 1, device=out.device)
     return ((out - out.mT)[..., row, column] * (plan.reach / 2 ** plan.squarings)).contiguous().view_as(freqs)
@@ -143,13 +147,23 @@ def _wide(freqs: Tensor) -> Tensor:
 
 
 def _powers(axis: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
-    """Powers 0 .. degree of the coordinates of an axis in units of `reach`, (coordinates, K)."""
+    """Powers 0 .. degree of the coordinates of an axis in units of `reach`, (..., K)."""
     return ((axis / plan.reach).unsqueeze(-1) ** torch.arange(plan.degree + 1, device=axis.device)).to(dtype)
+
+
+def _monomials(up_y: Tensor, up_x: Tensor) -> Tensor:
+    """Powers of the coordinates of points, (N, K) and (N, 1, K) -> (N, K (K + 1) / 2), in the order of the terms."""
+    powers = torch.arange(up_y.shape[1], device=up_y.device)
+    of_x = torch.cat([powers[:k + 1] for k in range(len(powers))])
+    of_y = torch.cat([powers[:k + 1].flip(0) for k in range(len(powers))])
+    return up_y[:, of_y] * up_x[:, 0, of_x]
 
 
 def _polynomial(terms: List[Tensor], up_y: Tensor, up_x: Tensor) -> Tensor:
     """The sum of x^i y^(k-i) times the coefficients (P, k + 1, b, b) of every degree k, (P N, b, b)."""
     size, powers = terms[0].shape[-1], len(terms)
+    if up_x.ndim == 3:
+        return torch.matmul(_monomials(up_y, up_x), torch.cat(terms, dim=1).flatten(2)).view(-1, size, size)
     by_powers = terms[0].new_zeros(terms[0].shape[0], powers, powers, size * size)  # of y, of x
     for k, term in enumerate(terms):
         i = torch.arange(k + 1, device=term.device)
@@ -160,7 +174,10 @@ def _polynomial(terms: List[Tensor], up_y: Tensor, up_x: Tensor) -> Tensor:
 
 def _polynomial_backward(grad: Tensor, up_y: Tensor, up_x: Tensor) -> List[Tensor]:
     """Gradients of the coefficients of every degree from that of the sum, (P, rows, columns, b b)."""
-    size, powers = math.isqrt(grad.shape[-1]), up_x.shape[1]
+    size, powers = math.isqrt(grad.shape[-1]), up_x.shape[-1]
+    if up_x.ndim == 3:
+        by_monomials = torch.matmul(_monomials(up_y, up_x).mT, grad.flatten(1, 2)).unflatten(-1, [size, size])
+        return list(by_monomials.split(list(range(1, powers + 1)), dim=1))
     rows = torch.matmul(up_x.mT, grad)
     by_powers = torch.matmul(up_y.mT, rows.flatten(2)).view(-1, powers, powers, size, size)
     out = []
@@ -223,7 +240,7 @@ def operator_backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: i
 
 @operator.register_fake
 def _(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
-    return freqs.new_empty(*freqs.shape[1:3], y.shape[0] * x.shape[0], freqs.shape[3] * size * size)
+    return freqs.new_empty(*freqs.shape[1:3], y.shape[0] * x.shape[-1], freqs.shape[3] * size * size)
 
 
 @operator_backward.register_fake

@@ -28,8 +28,7 @@ class PairRotation(Rotation):
 
 @torch.fx.wrap
 def pair_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    cos_x, sin_x = cos_sin(x, freqs[0])
-    cos_y, sin_y = cos_sin(y, freqs[1])
-    cos_x, sin_x, cos_y, sin_y = cos_x.unsqueeze(2), sin_x.unsqueeze(2), cos_y.unsqueeze(3), sin_y.unsqueeze(3)
+    cos_x, sin_x = cos_sin(torch.atleast_2d(x), freqs[0])  # (L, H, rows or 1, columns, G)
+    cos_y, sin_y = cos_sin(y.unsqueeze(1), freqs[1])  # (L, H, rows, 1, G)
     turns = torch.stack((cos_y * cos_x - sin_y * sin_x, sin_y * cos_x + cos_y * sin_x), dim=-1)
     return turns.flatten(-2).flatten(2, 3)

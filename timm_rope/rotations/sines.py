@@ -14,12 +14,13 @@ from .._tracing import recording, transformed
 
 
 def cos_sin(position: Tensor, freqs: Tensor) -> Tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency: (n,) and (L, H, G) -> two (L, H, n, G) in the dtype of `freqs`."""
+    """cos and sin of position * frequency: (...) and (L, H, G) -> two (L, H, ..., G) in the dtype of `freqs`."""
     if not torch.jit.is_scripting():
         if torch.compiler.is_compiling() and not recording() and not transformed() and freqs.numel() > freqs.shape[-1]:
-            out = operator(position, freqs)
-            return out[0], out[1]
-    return _cos_sin(position, freqs)
+            out = operator(position.flatten(), freqs)
+            return out[0].unflatten(2, position.shape), out[1].unflatten(2, position.shape)
+    cos, sin = _cos_sin(position.flatten(), freqs)
+    return cos.unflatten(2, position.shape), sin.unflatten(2, position.shape)
 
 
 def _cos_sin(position: Tensor, freqs: Tensor) -> Tuple[Tensor, Tensor]:
@@ -29,7 +30,7 @@ def _cos_sin(position: Tensor, freqs: Tensor) -> Tuple[Tensor, Tensor]:
 
 @torch.library.custom_op('timm_rope::cos_sin', mutates_args=())
 def operator(position: Tensor, freqs: Tensor) -> Tuple[Tensor, Tensor]:
-    """`cos_sin`."""
+    """`cos_sin` of positions (n,)."""
     return _cos_sin(position, freqs)
 
 
@@ -40,13 +41,16 @@ def _(position: Tensor, freqs: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _keep(ctx, inputs, output: Tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], *output)
+    ctx.save_for_backward(*inputs, *output)
 
 
 def _gradient(ctx, of_cos: Tensor, of_sin: Tensor):
-    position, cos, sin = ctx.saved_tensors
+    position, freqs, cos, sin = ctx.saved_tensors
     of_angle = widest(of_sin * cos - of_cos * sin)
-    return None, (of_angle * widest(position).unsqueeze(-1)).sum(-2).to(cos.dtype)
+    of_position = None
+    if ctx.needs_input_grad[0]:
+        of_position = (of_angle * widest(freqs).unsqueeze(-2)).sum((0, 1, 3)).to(position.dtype)
+    return of_position, (of_angle * widest(position).unsqueeze(-1)).sum(-2).to(cos.dtype)
 
 
 operator.register_autograd(_gradient, setup_context=_keep)

@@ -48,6 +48,6 @@ class TripletRotation(Rotation):
 
 @torch.fx.wrap
 def triplet_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    yaw = torch.cat(cos_sin(x, freqs[0]), dim=-1).unsqueeze(2).expand(-1, -1, y.shape[0], -1, -1)
-    roll = torch.cat(cos_sin(y, freqs[1]), dim=-1).unsqueeze(3).expand(-1, -1, -1, x.shape[0], -1)
+    yaw = torch.cat(cos_sin(torch.atleast_2d(x), freqs[0]), dim=-1).expand(-1, -1, y.shape[0], -1, -1)
+    roll = torch.cat(cos_sin(y.unsqueeze(1), freqs[1]), dim=-1).expand(-1, -1, -1, x.shape[-1], -1)
     return torch.cat((roll, yaw), dim=-1).flatten(2, 3)

@@ -1,0 +1,309 @@
+"""Points anywhere: `rope.at(coordinates)`, of which the patches of a grid are the special case."""
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+import timm_rope
+from timm_rope.encodings import ENCODINGS
+from timm_rope.kernels import rotate
+
+NAMES = timm_rope.list_ropes()
+LEARNED = [name for name in NAMES if ENCODINGS[name].learned]
+VARIANTS = [(name, {}) for name in NAMES] + [
+    ('axial', {'coords': 'cells'}), ('axial', {'coords': 'ends'}), ('mixed', {'share_layers': True, 'coords': 'ends'}),
+    ('uniform', {'coords': 'ends'}), ('spherical', {'order': 'xy'}), ('spiral', {'clamp': True}),
+    ('liere', {'block': 3}), ('liere', {'block': 4}), ('liere', {'share_heads': True, 'coords': 'ends'})]
+IDS = ['-'.join([name, *map(str, options.values())]) for name, options in VARIANTS]
+RULES = [(name, rule) for name in NAMES for rule in ENCODINGS[name].scalings if rule != 'extrapolate']
+
+
+def make(name, head_dim=32, reference_grid=(5, 7), **kwargs):
+    torch.manual_seed(0)
+    return timm_rope.create_rope(name, head_dim, 2, 2, reference_grid, **kwargs)
+
+
+def patches(rows, columns):
+    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+
+
+def points(*shape, dtype=torch.float32, low=-3., high=12., seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return low + (high - low) * torch.rand(*shape, 2, dtype=dtype, generator=generator)
+
+
+def scores(rope, payload, seed=2):
+    """q R(p_i)^T R(p_j) k between all points, with the same q and the same k at each of them."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 1, rope.num_heads, 1, rope.head_dim, generator=generator, dtype=payload.dtype)
+    tokens = payload.shape[-2]
+    return rope.rotate(q.expand(-1, -1, tokens, -1), payload) @ rope.rotate(k.expand(-1, -1, tokens, -1), payload).mT
+
+
+# -- values
+
+@pytest.mark.parametrize('name,options', VARIANTS, ids=IDS)
+@pytest.mark.parametrize('extent', [None, (9, 4), (1, 6)])
+@torch.no_grad()  # generators that learn are squared in float32, see test_exponential.py
+def test_formula(name, options, extent):
+    rope = make(name, **options)
+    at = points(2, 6)
+    payloads = rope.at(at, 1, extent)
+    x = torch.randn(2, 2, 7, 32)
+    for layer in range(2):
+        assert payloads[layer].shape[:-1] == (2, 2 if rope.learned and not rope.options['share_heads'] else 1, 7)
+        got = rope.rotate(x, payloads[layer])
+        assert torch.equal(got[:, :, 0], x[:, :, 0]), 'prefix tokens do not turn'
+        for image in range(2):
+            for head in range(2):
+                matrices = oracle.rotations_at(rope, at[image].tolist(), extent or (5, 7), layer, head)
+                expected = oracle.rotate(x[image, head, 1:].double().numpy(), matrices)
+                assert np.abs(got[image, head, 1:].double().numpy() - expected).max() < 3e-6
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('reference', [(14, 14), (64, 64)])
+@torch.no_grad()
+def test_float32_is_exact_far_away(name, reference):
+    rope = make(name, reference_grid=reference)
+    at = torch.cat((points(40, low=-64., high=64.), torch.tensor([[64., 64.], [-64., 64.], [63.5, 0.]])))
+    got = rope.rotate(torch.ones(1, 2, 43, 32), rope.at(at)[1])[0, 1]
+    expected = oracle.rotations_at(rope, at.tolist(), reference, 1, 1).sum(-1)
+    assert np.abs(got.double().numpy() - expected).max() < 3e-6
+
+
+@pytest.mark.parametrize('name,options', VARIANTS, ids=IDS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@torch.no_grad()
+def test_a_grid_is_the_special_case(name, options, dtype):
+    rope = make(name, dtype=dtype, **options)
+    # larger blocks of LieRE come from products of matrices, whose order of summing depends on their shapes
+    exact = name != 'liere' or 'block' in options
+    for grid, extent in (((5, 7), None), ((5, 7), (5, 7)), ((3, 9), (3, 9)), ((1, 1), (1, 1))):
+        of_grid, of_points = rope(grid, 2), rope.at(patches(*grid), 2, extent)
+        assert len(of_points) == 2
+        for a, b in zip(of_grid, of_points):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            assert torch.equal(a, b) if exact else (a - b).abs().max() < (3e-7 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@torch.no_grad()
+def test_a_batch_is_its_images(name):
+    rope = make(name)
+    at = points(3, 4)
+    together, apart = rope.at(at, 1), [rope.at(image, 1) for image in at]
+    for layer in range(2):
+        assert together[layer].shape == (3, *apart[0][layer].shape)
+        for a, b in zip(together[layer], apart):
+            assert torch.allclose(a, b[layer], rtol=0, atol=3e-7)
+    assert rope.at(at[:, :0], 1)[0].shape[-2] == 1, 'an image of which nothing was kept'
+    assert rope.at(at[0, :0])[0].shape[-2] == 0
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.int32, torch.uint8, torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_numbers_of_any_kind(dtype):
+    rope, at = make('spherical'), patches(4, 5)
+    assert torch.equal(rope.at(at.to(dtype))[0], rope.at(at.float())[0])
+    precise = at.double() + 1e-9
+    moved = make('spherical', dtype=torch.float64).at(precise)[0] - make('spherical', dtype=torch.float64).at(at)[0]
+    assert moved.abs().max() > 1e-11, 'float64 coordinates are not rounded to float32'
+
+
+# -- properties
+
+@pytest.mark.parametrize('name', [name for name in NAMES if ENCODINGS[name].relative == 'xy'])
+@torch.no_grad()
+def test_scores_depend_on_differences_alone(name):
+    rope, at = make(name), points(12, dtype=torch.float64)
+    here, there = (scores(rope, rope.at(at + torch.tensor(shift))[1]) for shift in ((0., 0.), (3.7, -11.25)))
+    assert (here - there).abs().max() < 1e-5
+    for image in scores(rope, rope.at(at + 9 * torch.rand(4, 1, 2))[1]):  # each image of a batch moved by its own
+        assert (image - here).abs().max() < 1e-5
+    assert (here - scores(rope, rope.at(at * 1.1)[1])).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize('order,last', [('yx', (0., 5.5)), ('xy', (5.5, 0.))])
+@torch.no_grad()
+def test_spherical_is_relative_along_the_axis_that_acts_last(order, last):
+    rope, at = make('spherical', order=order), points(12, dtype=torch.float64)
+    here, there, elsewhere = (
+        scores(rope, rope.at(at + torch.tensor(shift))[0]) for shift in ((0., 0.), last, last[::-1]))
+    assert (here - there).abs().max() < 1e-5 < 1e-2 < (here - elsewhere).abs().max()
+
+
+@pytest.mark.parametrize('name,rule', RULES)
+@torch.no_grad()
+def test_rules_are_those_of_a_grid_of_that_extent(name, rule):
+    rope, plain = make(name, head_dim=16, scaling=rule), make(name, head_dim=16)
+    for extent in ((12, 7), (12, 20), (3, 3)):
+        for a, b in zip(rope(extent, 1), rope.at(patches(*extent), 1, extent)):
+            assert torch.allclose(a, b, rtol=0, atol=0 if name != 'liere' else 3e-7)
+    assert torch.equal(rope.at(points(5))[0], plain.at(points(5))[0]), 'no rule up to the reference grid'
+    assert not torch.equal(rope.at(points(5), 0, (12, 20))[0], plain.at(points(5), 0, (12, 20))[0])
+
+
+@pytest.mark.parametrize('name,options', VARIANTS, ids=IDS)
+@torch.no_grad()
+def test_random_coordinates_are_those_of_a_grid(name, options):
+    rope = make(name, shift=0.3, jitter=1.2, rescale=2., **options).train()
+    got = []
+    for call in (lambda: rope((6, 8), 1), lambda: rope.at(patches(6, 8), 1, (6, 8))):
+        torch.manual_seed(5)
+        got.append(call()[1])
+    assert torch.allclose(*got, rtol=0, atol=0 if name != 'liere' or 'block' in options else 3e-7)
+    assert not torch.equal(got[0], rope.eval()((6, 8), 1)[1])
+
+
+# -- gradients
+
+@pytest.mark.parametrize('name,options', VARIANTS, ids=IDS)
+def test_gradients(name, options):
+    rope = make(name, head_dim=32 if name == 'spiral' else 8, dtype=torch.float64, **options)
+    at = points(2, 2, dtype=torch.float64, low=0., high=5.).requires_grad_()
+
+    def payloads(freqs, at):
+        values = {'freqs': freqs} if rope.learned else {}
+        return torch.cat([p.flatten() for p in torch.func.functional_call(Points(rope), {
+            f'rope.{k}': v for k, v in values.items()}, (at,))])
+
+    freqs = rope.freqs.detach().clone().requires_grad_(rope.learned)
+    assert torch.autograd.gradcheck(payloads, (freqs, at), fast_mode=True)
+    if rope.learned:  # LieRE has its own derivative where coordinates need none
+        assert torch.autograd.gradcheck(lambda freqs: payloads(freqs, at.detach()), freqs, fast_mode=True)
+
+
+def test_float32_gradients_of_learning_generators():
+    rope = make('liere')
+    exact = make('liere', dtype=torch.float64)
+    exact.freqs.data.copy_(rope.freqs.data)
+    weights = torch.randn(2, 20, 256, dtype=torch.float64)
+    got = [torch.autograd.grad((r.at(points(20))[0] * weights).sum(), r.freqs)[0].double() for r in (rope, exact)]
+    assert (got[0] - got[1]).abs().max() < 1e-5 * got[1].abs().max()
+    assert (rope.at(points(20))[0] - exact.at(points(20))[0]).abs().max() < 5e-6
+
+
+# -- who uses it
+
+class Points(torch.nn.Module):
+    def __init__(self, rope, prefix=1, extent=None):
+        super().__init__()
+        self.rope, self.prefix, self.extent = rope, prefix, extent
+
+    def forward(self, coordinates):
+        return self.rope.at(coordinates, self.prefix, self.extent)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('batch', [None, 2])
+def test_attention_takes_them(name, batch):
+    # the kernels in place, of models, and the formula
+    rope = make(name)
+    shape = (6,) if batch is None else (batch, 6)
+    at = points(*shape).requires_grad_()
+    qkv = torch.randn(2, 7, 3 * 64)
+    inner, results = torch.randn(2, 2, 2, 7, 32), []
+    for in_place in (True, False):
+        leaf = qkv.clone().requires_grad_()
+        payload = rope.at(at, 1)[1]
+        if in_place:
+            q, k, _ = rotate(leaf * 1., payload, rope.rotation, 2)
+        else:
+            q, k = (rope.rotate(x, payload) for x in leaf.unflatten(2, (3, 2, 32)).permute(2, 0, 3, 1, 4)[:2])
+        wanted = [leaf, at, *([rope.freqs] if rope.learned else [])]
+        results.append([q, k, *torch.autograd.grad((torch.stack((q, k)) * inner).sum(), wanted)])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-5 * max(1., b.abs().max().item()))
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('extent', [None, (9, 10)])
+def test_export_for_any_number_of_points(name, extent):
+    rope = make(name, scaling='interpolate')
+    count = {1: torch.export.Dim('count', min=2, max=64)}
+    exported = torch.export.export(Points(rope, 1, extent), (points(2, 5),), dynamic_shapes=(count,)).module()
+    with torch.no_grad():
+        for at in (points(2, 5), points(2, 9)):
+            for a, b in zip(exported(at), rope.at(at, 1, extent)):
+                assert torch.allclose(a, b, atol=3e-5)  # what is recorded for another runtime stays in float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['axial', 'mixed', 'spherical_learned', 'liere'])
+@pytest.mark.parametrize('of_coordinates', [False, True])
+def test_compiled(name, of_coordinates):
+    torch._dynamo.reset()
+    rope = make(name)
+    compiled = torch.compile(Points(rope), backend='aot_eager', fullgraph=True, dynamic=True)
+    for at in (points(2, 5), points(2, 8)):
+        at.requires_grad_(of_coordinates)
+        wanted = [t for t in (at, rope.freqs) if t.requires_grad]
+        ours, plain = compiled(at), rope.at(at, 1)
+        assert all(torch.allclose(a, b, atol=5e-6) for a, b in zip(ours, plain))
+        if wanted:
+            weights = [torch.randn_like(p) for p in plain]
+            for a, b in zip(*(torch.autograd.grad(p, wanted, weights) for p in (ours, plain))):
+                assert torch.allclose(a, b, atol=2e-5 * b.abs().max().item())
+
+
+def test_another_number_of_images_is_refused():
+    rope = make('mixed')
+    for images in (1, 3):
+        with pytest.raises(ValueError, match=f'payload is of {images} images of their own, the queries.*of 2'):
+            rotate(torch.randn(2, 5, 192), rope.at(points(images, 5))[0], rope.rotation, 2)
+
+
+@pytest.mark.parametrize('name', ['mixed', 'spherical', 'liere'])
+def test_transforms(name):
+    rope, at = make(name, dtype=torch.float64, head_dim=8), points(3, 4, dtype=torch.float64)
+    mapped = torch.func.vmap(lambda image: rope.at(image)[1])(at)
+    assert torch.allclose(mapped, rope.at(at)[1], atol=1e-12)
+    jacobian = torch.func.jacfwd(lambda image: rope.at(image)[1].sum(-1))(at[0])
+    reverse = torch.func.jacrev(lambda image: rope.at(image)[1].sum(-1))(at[0])
+    assert torch.allclose(jacobian, reverse, atol=1e-10) and jacobian.abs().max() > 0.1
+
+
+def test_under_autocast_and_in_half_precision():
+    rope = make('liere').bfloat16()
+    plain = rope.at(points(5), 1)[0]
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(rope.at(points(5), 1)[0], plain) and plain.dtype == torch.float32
+    with torch.inference_mode():
+        assert torch.allclose(rope.at(points(5), 1)[0], plain, atol=5e-6)
+    assert make('liere', device='meta').at(points(5).to('meta'), 1)[0].is_meta
+
+
+def test_a_training_step_settles_the_reference_grid():
+    for extent in ((6, 9), None):
+        rope = make('spherical').train()
+        rope.set_initial_grid((5, 7))
+        rope.eval().at(points(3), extent=extent)
+        assert rope.undecided
+        rope.train().at(points(3), extent=extent)
+        assert not rope.undecided and rope.reference_grid.tolist() == list(extent or (5, 7))
+
+
+# -- bad input
+
+@pytest.mark.parametrize('coordinates,error,words', [
+    ([[0., 1.]], TypeError, 'coordinates must be a tensor of real numbers.*got list'),
+    (torch.zeros(3, 2, dtype=torch.complex64), TypeError, 'complex64'),
+    (torch.zeros(3, 2, dtype=torch.bool), TypeError, 'torch.bool'),
+    (torch.zeros(3, 3), ValueError, r'coordinates must be \(N, 2\) or \(batch, N, 2\).*\(3, 3\)'),
+    (torch.zeros(2), ValueError, r'\(2,\)'),
+    (torch.zeros(1, 2, 3, 2), ValueError, r'\(1, 2, 3, 2\)'),
+    (torch.zeros(3, 2, device='meta'), ValueError, 'device of the encoding, cpu, got meta'),
+    (torch.tensor([[0., 1.], [math.nan, 2.], [math.inf, 0.]]), ValueError, 'finite, got 2 of 3 points'),
+])
+def test_bad_coordinates(coordinates, error, words):
+    with pytest.raises(error, match=words):
+        make('axial').at(coordinates)
+
+
+@pytest.mark.parametrize('extent', [(0, 3), 14, (2.5, 3), (3,)])
+def test_bad_extent(extent):
+    with pytest.raises(ValueError, match='extent must be two positive integers'):
+        make('axial').at(points(3), extent=extent)
