@@ -161,7 +161,7 @@ def test_everything_else_is_refused(source, target):
     ('mixed', {}, 'axial_learned', {}, 'the first 6 pairs of a head with x alone and the next 6 with y alone'),
     ('spherical', {}, 'mixed', {}, r'spherical\(.*\) does not turn each channel pair by one wave vector'),
     ('axial', {}, 'spherical_learned', {}, "'spherical_learned' does not turn channel pairs"),
-    ('liere', dict(coords='index'), 'mixed', {}, "generators of 'liere' with block 8 couple more than channel pairs"),
+    ('liere', dict(coords='index'), 'mixed', {}, "the generators of layer 0, head 0, block 0 do not commute"),
     ('liere', dict(block=4), 'liere', dict(block=8), 'couple more than channel pairs'),
     ('mixed', {}, 'liere', dict(block=3), 'block 3 leaves pairs .* or splits them between blocks; block 2, 4, 6'),
     ('mixed', dict(head_dim=12), 'liere', {}, 'block 8 leaves pairs of head_dim 12 unrotated.*block 2, 4, 6, 12 would'),

@@ -1,9 +1,10 @@
 """Encodings as special cases of others: the frequencies of one that make it the same function as another.
 
 Encodings whose channel pairs turn each by one wave vector, axial and uniform, mixed and spiral, can be told in those
-vectors; a block of LieRE holds pairs as generators that couple nothing else. Triplets are told by their frequencies.
+vectors; a block of LieRE holds pairs as generators that couple nothing else, or, in another basis of the channels, as
+generators that commute. Triplets are told by their frequencies.
 """
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,31 @@ from ..positions.coordinates import read_grid
 from ..rotations import BlockRotation, PairRotation, Rotation
 from . import create_rope, list_ropes
 from ._base import ENCODINGS, RotaryEncoding
+from ._commuting import planes
 
 
-def convert_rope(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> RotaryEncoding:
+def convert_rope(
+        source: RotaryEncoding, name: str, options: Dict[str, Any], any_basis: bool = False, prefix: bool = True,
+) -> Tuple[RotaryEncoding, Optional[Tensor]]:
+    """The same function as another encoding.
+
+    Args:
+        source: An encoding with values.
+        name: Of the target.
+        options: Of the target.
+        any_basis: Whether the channels of queries and keys may get another basis.
+        prefix: Whether there may be prefix tokens, which do not turn, so that the origin of the coordinates matters.
+
+    Returns:
+        The target, and the orthogonal basis Q (L or 1, H or 1, D, D) where the channels need another: R_source is
+        Q R_target Q^T. None where they stay.
+    """
     if source.freqs.is_meta:
         raise ValueError('The model is on the meta device, where frequencies have no values: load its weights first.')
     with torch.inference_mode(False), torch.no_grad():
         try:
             target = _create(source, name, options)
-            freqs = _freqs(source, target)
+            freqs, basis = _freqs(source, target, any_basis, prefix)
         except _NoExactForm as error:
             possible = ', '.join(map(repr, _possible(source))) or 'none'
             raise ValueError(
@@ -31,7 +48,7 @@ def convert_rope(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> 
         target = target.to(source.freqs.device)
     if source.learned:
         target.freqs.requires_grad_(source.freqs.requires_grad)
-    return target.train(source.training)
+    return target.train(source.training), basis
 
 
 class _NoExactForm(ValueError):
@@ -56,13 +73,26 @@ def _create(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> Rotar
             'cpu', source.freqs.dtype, **carried, **options)
 
 
-def _freqs(source: RotaryEncoding, target: RotaryEncoding) -> Tensor:
-    """Value of the target's `freqs` that gives the function of the source."""
-    scale = _scale(source, target)
+def _freqs(
+        source: RotaryEncoding, target: RotaryEncoding, any_basis: bool = False, prefix: bool = True,
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """Value of the target's `freqs` that gives the function of the source, and the basis it does so in."""
+    # scores of pairs that turn by wave vectors depend on differences of positions alone
+    scale, basis = _scale(source, target, prefix or type(target.rotation) is not PairRotation), None
     try:
         if _form(source.rotation) == _form(target.rotation):
-            return target.freqs_for(_shared(source.frequencies().cpu() * scale, target))
-        return freqs_for_wave_vectors(target, _shared(wave_vectors(source).cpu() * scale, target))
+            return target.freqs_for(_shared(_in_units(source.frequencies(), scale), target)), None
+        try:
+            vectors = wave_vectors(source)
+        except ValueError:
+            if not isinstance(source.rotation, BlockRotation) or type(target.rotation) is not PairRotation:
+                raise
+            vectors, basis = planes(source.frequencies(), source.head_dim, source.rotation.size)
+            if not any_basis:
+                raise _NoExactForm(
+                    'its generators commute, but in another basis of the channels, which goes into the weights of '
+                    'queries and keys: convert the model or its state dict') from None
+        return freqs_for_wave_vectors(target, _shared(_in_units(vectors, scale), target)), basis
     except _NoExactForm:
         raise
     except ValueError as error:
@@ -74,20 +104,30 @@ def _form(rotation: Rotation) -> Any:
     return type(rotation), {k: v for k, v in vars(rotation).items() if k[0] != '_' and k != 'training'}
 
 
-def _scale(source: RotaryEncoding, target: RotaryEncoding) -> float:
-    """The source's coordinates in units of the target's."""
-    if source.coords != target.coords:
+def _scale(source: RotaryEncoding, target: RotaryEncoding, origin_matters: bool) -> Tensor:
+    """The source's coordinates in units of the target's, x first, (2, 1, 1, 1)."""
+    same_steps = 'ends' not in (source.coords, target.coords) or source.coords == target.coords
+    if source.coords != target.coords and (origin_matters or not same_steps):
         raise _NoExactForm(
-            f'coordinates {source.coords!r} and {target.coords!r} differ in origin or step, and prefix tokens, which '
-            f'do not turn, see the origin')
-    if source.coords == 'index':
-        return 1.
-    if source.centered != target.centered:
+            f'coordinates {source.coords!r} and {target.coords!r} differ in origin or step' + (
+                ', and prefix tokens, which do not turn, see the origin' if origin_matters else ''))
+    if source.coords == target.coords != 'index' and source.centered != target.centered and origin_matters:
         places = ['the middle' if rope.centered else 'the corner' for rope in (source, target)]
         raise _NoExactForm(
             f'the coordinates {source.coords!r} have their origin in {places[0]} of the image here and in {places[1]} '
             f'there, and prefix tokens, which do not turn, see the origin')
-    return source.span / target.span
+    return _unit(source) / _unit(target)
+
+
+def _in_units(freqs: Tensor, scale: Tensor) -> Tensor:
+    return freqs.cpu() * scale.to(freqs.dtype).view(2, *[1] * (freqs.ndim - 1))
+
+
+def _unit(rope: RotaryEncoding) -> Tensor:
+    """Step from patch to patch in the encoding's coordinates, x first; on 'ends' it depends on the grid likewise."""
+    rows, columns = read_grid(rope.reference_grid, 'reference_grid')
+    steps = (1., 1.) if rope.coords == 'index' else (rope.span / columns, rope.span / rows)
+    return torch.tensor(steps, dtype=torch.float64, device='cpu').view(2, 1, 1, 1)
 
 
 def _shared(values: Tensor, target: RotaryEncoding) -> Tensor:

@@ -2,14 +2,17 @@
 
     uniform, axial -> axial_learned -> mixed -> liere,   spiral -> mixed,   spherical -> spherical_learned
 
-Only the encoding changes, no other weight: channel pairs stay where they are. Prefix tokens do not turn, so the origin
-of the coordinates is part of the function, even where the score of two patches does not see it.
+Only the encoding changes, no other weight: channel pairs stay where they are. The exception is LieRE with generators
+that commute, which is mixed in another basis of the channels (arXiv 2511.08368, theorem 3, and theorem 1 where one axis
+has generators): the basis goes into the weights and biases of queries and keys. Prefix tokens do not turn, so where
+there are some, the origin of the coordinates is part of the function, even if the score of two patches does not see it.
 """
 import copy
-from typing import Any, Dict, List, Optional
+import re
+from typing import Any, Dict, List, Optional, Tuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..encodings import RotaryEncoding
 from ..encodings._exact import convert_rope
@@ -41,8 +44,9 @@ def convert_encoding(source: Any, name: str, *, num_heads: Optional[int] = None,
         were; fixed ones become trainable.
 
     Raises:
-        ValueError: The target has no frequencies with this function, says why and which encodings have; a state dict
-            without the signature of its encoding; tensors on the meta device; an option out of range.
+        ValueError: The target has no frequencies with this function, says why and which encodings have (of generators
+            of LieRE, how far they are from commuting); a change of basis that norms of queries and keys do not allow; a
+            state dict without the signature of its encoding; tensors on the meta device; an option out of range.
         TypeError: `source` is something else, as a wrapped, compiled or scripted model, or an option is unknown.
     """
     if isinstance(source, dict):
@@ -50,16 +54,26 @@ def convert_encoding(source: Any, name: str, *, num_heads: Optional[int] = None,
     ropes = [source] if isinstance(source, RotaryEncoding) else _ropes_of(source)
     if num_heads not in (None, ropes[0].num_heads):
         raise ValueError(f'num_heads is {ropes[0].num_heads} in this model, got {num_heads!r}; it need not be given.')
-    targets = {id(rope): convert_rope(rope, name, options) for rope in ropes}
+    alone = ropes[0] is source
+    prefix = alone or getattr(source, 'num_prefix_tokens', 0) > 0  # a Swin has none
+    found = {id(rope): convert_rope(rope, name, options, not alone, prefix) for rope in ropes}
+    targets = {key: rope for key, (rope, _) in found.items()}
     target = targets[id(ropes[0])]
-    if ropes[0] is source:
+    if alone:
         return target
+    bases = [(attn, layer, found[id(rope)][1]) for attn, layer, rope in _attentions(source)]
+    for attn, _, basis in bases:
+        if basis is not None:
+            _check_basis(dict(attn.named_children()))
     with torch.inference_mode(False):
         # the memo puts the targets wherever the copy would refer to an encoding
         model = copy.deepcopy(source, {**targets})
     for module in model.modules():
         if isinstance(dict(module.named_children()).get('rotation'), Rotation) and module not in targets.values():
             module.rotation = target.rotation
+    for (attn, _, _), (_, layer, basis) in zip(_attentions(model), bases):
+        if basis is not None:
+            _fold(attn.qkv.weight, attn.qkv.bias, basis, layer)
     _record(model, target)
     return model
 
@@ -81,10 +95,45 @@ def _ropes_of(model: Any) -> List[RotaryEncoding]:
     return ropes
 
 
+def _attentions(model: nn.Module) -> List[Tuple[Any, int, Any]]:
+    """Every attention that turns, with its layer in its encoding and the encoding."""
+    if _is_swin(model):
+        own = [m for m in model.modules() if isinstance(dict(m.named_children()).get('rope'), RotaryEncoding)]
+        return [(attn, 0, attn.rope) for attn in own]
+    return [(block.attn, layer, model.rope) for layer, block in enumerate(cast(Any, model.blocks))]
+
+
 def _is_swin(model: Any) -> bool:
     from .swin import RopeSwinTransformer
 
     return isinstance(model, RopeSwinTransformer)
+
+
+# -- another basis of queries and keys
+
+def _check_basis(children: Dict[str, nn.Module]) -> None:
+    """Refuse what does not commute with a change of basis, and projections that are no plain weights."""
+    for name in ('q_norm', 'k_norm'):
+        if not isinstance(children.get(name, nn.Identity()), nn.Identity):
+            raise ValueError(
+                f'The channels of queries and keys need another basis, and {name} scales each by itself: this model '
+                f'has no exact form without it (qk_norm=False).')
+    if type(children.get('qkv', nn.Linear(1, 1))) is not nn.Linear:
+        raise ValueError(
+            f'The channels of queries and keys need another basis, which goes into the weights of qkv, but that is a '
+            f'{type(children["qkv"]).__name__} and not nn.Linear: merge or unwrap it first.')
+
+
+def _fold(weight: Tensor, bias: Optional[Tensor], basis: Tensor, layer: int) -> None:
+    """Q^T times queries and keys, in place, by the weight (3 H D, C) and bias (3 H D) of their projection."""
+    q = basis[min(layer, len(basis) - 1)].to(weight.device)  # (H or 1, D, D); one layer stands for all that share
+    with torch.no_grad():
+        for tensor in (weight, bias):
+            if tensor is not None:
+                heads = tensor.shape[0] // (3 * q.shape[-1])
+                parts = tensor.detach().double().reshape(3, heads, q.shape[-1], -1)
+                parts[:2] = q.mT @ parts[:2]
+                tensor.copy_(parts.reshape(tensor.shape))
 
 
 # -- models
@@ -130,11 +179,32 @@ def _twin(architecture: Any, encoding: str, models: Dict[str, Dict[str, Any]]) -
 def _convert_state_dict(
         state_dict: Dict[str, Any], name: str, num_heads: Optional[int], options: Dict[str, Any]) -> Dict[str, Any]:
     prefix = encoding_prefix(state_dict)
-    target = convert_rope(read_encoding(state_dict, prefix, num_heads), name, options)
+    root = prefix.removesuffix('rope.')
+    tokens = any(root + name in state_dict for name in ('cls_token', 'reg_token'))
+    target, basis = convert_rope(read_encoding(state_dict, prefix, num_heads), name, options, True, tokens)
     device = state_dict[f'{prefix}signature'].device
     tensors = {f'{prefix}{k}': v.detach().to(device) for k, v in target.state_dict().items()}
     out = copy.copy(state_dict)  # keeps torch's `_metadata`
     out.clear()
     for key, value in state_dict.items():
         out.update(tensors if key.startswith(prefix) else {key: value})
+    if basis is not None:
+        _fold_all(out, root, basis)
     return out
+
+
+def _fold_all(state_dict: Dict[str, Any], root: str, basis: Tensor) -> None:
+    """Put a basis into copies of the projections of a state dict of a ViT."""
+    blocks = re.compile(re.escape(root) + r'blocks\.(\d+)\.attn\.(.+)')
+    places = {key: blocks.fullmatch(key) for key in state_dict}
+    norms = [key for key, place in places.items() if place and place[2].startswith(('q_norm.', 'k_norm.'))]
+    weights = {key: int(place[1]) for key, place in places.items() if place and place[2] == 'qkv.weight'}
+    if norms or not weights:
+        raise ValueError(
+            'The channels of queries and keys need another basis, ' + (
+                f'and {norms[0]} scales each by itself: there is no exact form.' if norms else
+                f'but the state dict has no {root}blocks.0.attn.qkv.weight that it could go into.'))
+    for key, layer in weights.items():
+        names = [name for name in (key, key.removesuffix('weight') + 'bias') if name in state_dict]
+        state_dict.update({name: state_dict[name].detach().clone() for name in names})
+        _fold(state_dict[key], state_dict.get(key.removesuffix('weight') + 'bias'), basis, layer)
