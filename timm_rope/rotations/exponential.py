@@ -58,8 +58,10 @@ def _plain_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 def _has_values(freqs: Tensor, y: Tensor, x: Tensor) -> bool:
     """Whether these are plain tensors with values, now or when what is compiled runs, and nothing but reverse-mode
     autograd follows them."""
-    if recording() or freqs.is_meta or y.requires_grad or x.requires_grad:
+    if recording() or freqs.is_meta:
         return False
+    if (y.requires_grad or x.requires_grad) and (x.ndim == 1 or torch.compiler.is_compiling()):
+        return False  # gradients of points are made in eager mode only, those of the axes of a grid nowhere
     if any(type(t) not in (Tensor, torch.nn.Parameter) for t in (freqs, y, x)):  # a fake or distributed tensor
         return False
     return not transformed()
@@ -78,15 +80,19 @@ class _GridExponentials(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        freqs, y, x = ctx.saved_tensors
+        freqs, y, x = inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
         with without_autocast(freqs):
             batched = legacy_batched(grad)  # torch.autograd.grad(is_grads_batched=True)
             further = torch.is_grad_enabled()
             if further or batched or transformed():
                 with torch.enable_grad():
                     out = _plain_table(freqs, y, x, ctx.size)
-                    return (*torch.autograd.grad(out, freqs, grad, create_graph=further), None, None, None, None)
-            return grid_exponentials.backward(grad, freqs, y, x, ctx.size, ctx.plan), None, None, None, None
+                    wanted = [t for t, need in zip(inputs, needed) if need]
+                    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=further))
+                    return (*(next(grads) if need else None for need in needed), None, None)
+            made = grid_exponentials.backward(grad, freqs, y, x, ctx.size, ctx.plan, needed[1] or needed[2])
+            return (*made, None, None)
 
 
 def skew_exp(triangle: Tensor, size: int, dtype: torch.dtype) -> Tensor:
