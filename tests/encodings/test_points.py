@@ -174,6 +174,9 @@ def test_gradients(name, options):
     assert torch.autograd.gradcheck(payloads, (freqs, at), fast_mode=True)
     if rope.learned:  # LieRE has its own derivative where coordinates need none
         assert torch.autograd.gradcheck(lambda freqs: payloads(freqs, at.detach()), freqs, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda at: payloads(freqs.detach(), at), at, fast_mode=True)
+    if name == 'liere':
+        assert torch.autograd.gradgradcheck(payloads, (freqs, at), fast_mode=True)
 
 
 def test_float32_gradients_of_learning_generators():
@@ -181,8 +184,11 @@ def test_float32_gradients_of_learning_generators():
     exact = make('liere', dtype=torch.float64)
     exact.freqs.data.copy_(rope.freqs.data)
     weights = torch.randn(2, 20, 256, dtype=torch.float64)
-    got = [torch.autograd.grad((r.at(points(20))[0] * weights).sum(), r.freqs)[0].double() for r in (rope, exact)]
-    assert (got[0] - got[1]).abs().max() < 1e-5 * got[1].abs().max()
+    at = points(20).requires_grad_()
+    for wanted in (lambda r: [r.freqs], lambda r: [r.freqs, at], lambda r: [at]):
+        got = [torch.autograd.grad((r.at(at)[0] * weights).sum(), wanted(r)) for r in (rope, exact)]
+        for a, b in zip(*got):
+            assert (a - b).abs().max() < 1e-5 * b.abs().max()
     assert (rope.at(points(20))[0] - exact.at(points(20))[0]).abs().max() < 5e-6
 
 

@@ -83,6 +83,16 @@ def check_strides(device):
     assert torch.equal(gpu_exponentials.backward(odd_grad, odd, y, x), gpu_exponentials.backward(grad, freqs, y, x))
 
 
+def check_points(device):
+    """Positions anywhere: a grid of one column whose rows have an x of their own."""
+    from timm_rope.rotations import gpu_exponentials
+
+    (freqs, y, x, grad), *_ = values(device, 3, 7, 2, 2, 1.0)
+    points = y.repeat_interleave(7), x.repeat(3).unsqueeze(1)
+    assert torch.equal(gpu_exponentials.forward(freqs, *points), gpu_exponentials.forward(freqs, y, x))
+    assert torch.equal(gpu_exponentials.backward(grad, freqs, *points), gpu_exponentials.backward(grad, freqs, y, x))
+
+
 CHECKS = {
     'a small grid': lambda device: check_values(device, 2, 3, 2, 2, 1.0),
     'one row': lambda device: check_values(device, 1, 5, 1, 3, 1.0),
@@ -90,6 +100,7 @@ CHECKS = {
     'more than a tile': lambda device: check_values(device, 9, 9, 1, 1, 0.3),
     'not finite': check_not_finite,
     'strides': check_strides,
+    'points': check_points,
     'trial': check_trial,
 }
 

@@ -23,8 +23,8 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     Computed outside autocast. While nothing learns, and on every device that has it, the work is in float64, and the
     float32 result is within 3e-7 of the exact one for any block and grid. While float32 generators of blocks above 4
     learn, and in compiled graphs, the matrices are squared in float32: the result is within 5e-6. On a GPU, those of
-    blocks of 8 then have kernels of their own (`gpu_exponentials.py`). The gradient of
-    float32 generators is computed in float32, to about 5e-6 of its largest entry at block 8 and 1e-5 at block 64.
+    blocks of 8 then have kernels of their own (`gpu_exponentials.py`). The gradient of float32 generators is computed
+    in float32, to about 5e-6 of its largest entry at block 8 and 1e-5 at block 64.
 
     Args:
         freqs: (2, L, H, G, b (b - 1) / 2), strict upper triangles of A_x and A_y row by row, radians per coordinate.
@@ -59,8 +59,10 @@ def _plain_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 def _has_values(freqs: Tensor, y: Tensor, x: Tensor) -> bool:
     """Whether these are plain tensors with values, now or when what is compiled runs, and nothing but reverse-mode
     autograd follows them."""
-    if recording() or freqs.is_meta or y.requires_grad or x.requires_grad:
+    if recording() or freqs.is_meta:
         return False
+    if (y.requires_grad or x.requires_grad) and (x.ndim == 1 or torch.compiler.is_compiling()):
+        return False  # gradients of points are made in eager mode only, those of the axes of a grid nowhere
     if any(type(t) not in (Tensor, torch.nn.Parameter) for t in (freqs, y, x)):  # a fake or distributed tensor
         return False
     return not transformed()
@@ -72,7 +74,7 @@ class _GridExponentials(torch.autograd.Function):
     @staticmethod
     def forward(ctx, freqs: Tensor, y: Tensor, x: Tensor, size: int, learning: bool) -> Tensor:
         ctx.save_for_backward(freqs, y, x)
-        ctx.size, ctx.gpu = size, grid_exponentials.kernels_for(freqs, size) if learning else None
+        ctx.size, ctx.plan, ctx.gpu = size, None, grid_exponentials.kernels_for(freqs, size) if learning else None
         if ctx.gpu is not None:
             return ctx.gpu.forward(freqs, y, x)
         ctx.plan = grid_exponentials.plan(freqs, y, x, size)
@@ -82,17 +84,23 @@ class _GridExponentials(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        freqs, y, x = ctx.saved_tensors
+        freqs, y, x = inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
         with without_autocast(freqs):
             batched = legacy_batched(grad)  # torch.autograd.grad(is_grads_batched=True)
             further = torch.is_grad_enabled()
             if further or batched or transformed():
                 with torch.enable_grad():
                     out = _plain_table(freqs, y, x, ctx.size)
-                    return (*torch.autograd.grad(out, freqs, grad, create_graph=further), None, None, None, None)
-            if ctx.gpu is not None:
+                    wanted = [t for t, need in zip(inputs, needed) if need]
+                    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=further))
+                    return (*(next(grads) if need else None for need in needed), None, None)
+            of_points = needed[1] or needed[2]
+            if ctx.gpu is not None and not of_points:
                 return ctx.gpu.backward(grad, freqs, y, x), None, None, None, None
-            return grid_exponentials.backward(grad, freqs, y, x, ctx.size, ctx.plan), None, None, None, None
+            plan = grid_exponentials.plan(freqs, y, x, ctx.size) if ctx.plan is None else ctx.plan
+            made = grid_exponentials.backward(grad, freqs, y, x, ctx.size, plan, of_points)
+            return (*made, None, None)
 
 
 def skew_exp(triangle: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -53,7 +53,7 @@ def scaled(a_x, a_y, x, y):
 
 
 @triton.jit
-def forward_kernel(out, generators, x, y, pairs, columns, positions, GROUPS: tl.constexpr, E: tl.constexpr):
+def forward_kernel(out, generators, x, y, pairs, columns, x_row, positions, GROUPS: tl.constexpr, E: tl.constexpr):
     pair = tl.program_id(0)
     i, j = tl.arange(0, 8), tl.arange(0, 8)
     entry = i[:, None] * 8 + j[None, :]
@@ -61,7 +61,7 @@ def forward_kernel(out, generators, x, y, pairs, columns, positions, GROUPS: tl.
     a_y = tl.load(generators + (pairs + pair) * 64 + entry).to(tl.float64)
     position = tl.program_id(1) * E + tl.arange(0, E)
     there = position < positions
-    along_x = tl.load(x + position % columns, there, other=0.).to(tl.float64)
+    along_x = tl.load(x + position // columns * x_row + position % columns, there, other=0.).to(tl.float64)
     along_y = tl.load(y + position // columns, there, other=0.).to(tl.float64)
     a, squarings = scaled(a_x, a_y, along_x, along_y)
 
@@ -82,7 +82,7 @@ def forward_kernel(out, generators, x, y, pairs, columns, positions, GROUPS: tl.
 
 
 @triton.jit
-def backward_kernel(partial, grad, generators, x, y, pairs, columns, positions, tiles, GROUPS: tl.constexpr,
+def backward_kernel(partial, grad, generators, x, y, pairs, columns, x_row, positions, tiles, GROUPS: tl.constexpr,
                     E: tl.constexpr, SHARES: tl.constexpr):
     pair = tl.program_id(0)
     share = tl.program_id(1)
@@ -97,7 +97,7 @@ def backward_kernel(partial, grad, generators, x, y, pairs, columns, positions, 
     for tile in range(share, tiles, SHARES):
         position = tile * E + tl.arange(0, E)
         there = position < positions
-        along_x = tl.load(x + position % columns, there, other=0.)
+        along_x = tl.load(x + position // columns * x_row + position % columns, there, other=0.)
         along_y = tl.load(y + position // columns, there, other=0.)
         a, squarings = scaled(a_x, a_y, -along_x, -along_y)
         at = ((head.to(tl.int64) * positions + position) * GROUPS + group) * 64
@@ -142,12 +142,13 @@ def forward(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """(2, L, H, G, 28) -> (L, H, N, G * 64); arguments as for `exponential.block_table`, which says how exact it is."""
     _, layers, heads, groups, _ = freqs.shape
     generators, y, x = _given(freqs, y, x)
-    positions, pairs = len(y) * len(x), layers * heads * groups
+    columns, pairs = x.shape[-1], layers * heads * groups
+    x_row, positions = columns * (x.ndim - 1), len(y) * columns
     out = freqs.new_empty(layers, heads, positions, groups * SIZE * SIZE)
     if positions:
         with torch.cuda.device_of(freqs):
             forward_kernel[(pairs, triton.cdiv(positions, TILE))](
-                out, generators, x, y, pairs, len(x), positions, GROUPS=groups, E=TILE)
+                out, generators, x, y, pairs, columns, x_row, positions, GROUPS=groups, E=TILE)
     return out
 
 
@@ -155,11 +156,12 @@ def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Gradient of `freqs` from that of the exponentials (L, H, N, G * 64)."""
     _, layers, heads, groups, _ = freqs.shape
     generators, y, x = _given(freqs, y, x)
-    positions, pairs = len(y) * len(x), layers * heads * groups
+    columns, pairs = x.shape[-1], layers * heads * groups
+    x_row, positions = columns * (x.ndim - 1), len(y) * columns
     partial = freqs.new_empty(SHARES, 2, layers, heads, groups, SIZE, SIZE)
     with torch.cuda.device_of(freqs):
         backward_kernel[(pairs, SHARES)](
-            partial, grad.float().contiguous(), generators, x, y, pairs, len(x), positions,
+            partial, grad.float().contiguous(), generators, x, y, pairs, columns, x_row, positions,
             triton.cdiv(positions, TILE), GROUPS=groups, E=TILE, SHARES=SHARES)
     total = partial.sum(0)
     row, column = torch.triu_indices(SIZE, SIZE, 1, device=freqs.device)

@@ -22,7 +22,7 @@ b size of a matrix.
 import math
 from functools import cache
 from types import ModuleType
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -112,14 +112,18 @@ def forward(freqs: Tensor, y: Tensor, x: Tensor, size: int, plan: Plan, squared_
     return out.flatten(2).unflatten(0, [layers, heads])
 
 
-def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, plan: Plan) -> Tensor:
-    """Gradient of `freqs` from that of the exponentials (L, H, N, G b b), in the dtype of `freqs`."""
+def backward(
+        grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, plan: Plan, of_points: bool = False,
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """Gradient of `freqs` from that of the exponentials (L, H, N, G b b), and of the y and x of points if asked for."""
     if not plan.finite:
-        return torch.full_like(freqs, math.nan, memory_format=torch.contiguous_format)
+        nan = [torch.full_like(t, math.nan, memory_format=torch.contiguous_format) for t in (freqs, y, x)]
+        return (nan[0], nan[1], nan[2]) if of_points else (nan[0], None, None)
     groups = freqs.shape[3]
     a = _scaled(freqs, size, plan).to(freqs.dtype)
     up_y, up_x = (_powers(axis, plan, freqs.dtype) for axis in (y, x))
     signs = torch.tensor([1., -1.], device=x.device, dtype=freqs.dtype).repeat(plan.degree // 2 + 1)[:plan.degree + 1]
+    by_monomials = torch.zeros((), dtype=a.dtype, device=a.device)
     out, grad = torch.empty_like(a), grad.unflatten(-1, [groups, size, size]).flatten(0, 1)
     for part in _chunks(grad):
         generators = a[:, part].flatten(1, 2)
@@ -131,10 +135,21 @@ def backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: int, plan:
             other = torch.bmm(g, f)
             both = torch.bmm(f, both)
             both[..., size:] += other
-        grads = _polynomial_backward(both[..., size:].reshape(-1, y.shape[0], x.shape[-1], size * size), up_y, up_x)
+        made = both[..., size:].reshape(-1, y.shape[0], x.shape[-1], size * size)
+        if of_points:
+            coefficients = torch.cat(terms, dim=1).flatten(2)
+            by_monomials = by_monomials + torch.tensordot(made[:, :, 0], coefficients, ([0, 2], [0, 2]))
+        grads = _polynomial_backward(made, up_y, up_x)
         out[:, part] = _coefficients_backward(generators, terms, grads).unflatten(1, [-1, groups])
     row, column = torch.triu_indices(size, size, 1, device=out.device)
-    return ((out - out.mT)[..., row, column] * (plan.reach / 2 ** plan.squarings)).contiguous().view_as(freqs)
+    of_freqs = ((out - out.mT)[..., row, column] * (plan.reach / 2 ** plan.squarings)).contiguous().view_as(freqs)
+    if not of_points:
+        return of_freqs, None, None
+    rising = torch.arange(plan.degree + 1, device=x.device)  # the slope of t^k is k t^(k - 1)
+    of_y, of_x = (
+        (by_monomials * _monomials(*powers)).sum(-1) / plan.reach
+        for powers in ((up_y.roll(1, -1) * rising, up_x), (up_y, up_x.roll(1, -1) * rising)))
+    return of_freqs, of_y.to(y.dtype), of_x.to(x.dtype).unsqueeze(-1)
 
 
 def _scaled(freqs: Tensor, size: int, plan: Plan) -> Tensor:
@@ -235,7 +250,7 @@ def operator_backward(grad: Tensor, freqs: Tensor, y: Tensor, x: Tensor, size: i
     if gpu is not None:
         return gpu.backward(grad, freqs, y, x)  # type: ignore[no-any-return]
     with without_autocast(freqs):
-        return backward(grad, freqs, y, x, size, plan(freqs, y, x, size))
+        return backward(grad, freqs, y, x, size, plan(freqs, y, x, size))[0]
 
 
 @operator.register_fake
