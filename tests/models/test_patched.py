@@ -156,3 +156,28 @@ def test_a_dispatch_mode_keeps_what_it_saw():
     with torch.no_grad(), Keep() as mode:
         assert torch.allclose(model(image(model)), expected, atol=1e-5)
     assert len(mode.kept) >= 9 and all(torch.equal(out, copy) for out, copy in mode.kept)
+
+
+@pytest.mark.parametrize('operators', [False, True], ids=['formula', 'operators'])
+def test_compiled_models_see_what_was_put_into_a_layer(operators, monkeypatch):
+    """A norm that was an identity, and a projection whose output somebody keeps."""
+    from timm_rope.kernels import graph
+
+    if operators:  # as graphs on a GPU have them
+        monkeypatch.setitem(graph.ROUTES, 'cpu', 'inplace')
+    x, kept = torch.randn(2, 3, 32, 32), []
+    model = make()
+    old = model.blocks[0].attn.qkv.forward
+
+    def keep(y):
+        kept.append(old(y))
+        return kept[-1]
+
+    model.blocks[0].attn.qkv.forward = keep
+    model.blocks[1].attn.q_norm.forward = lambda q: 0.5 * q
+    with torch.no_grad():
+        expected, held = model(x), kept.pop()
+        torch._dynamo.reset()
+        got = torch.compile(model, backend='aot_eager')(x)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(kept.pop(), held, atol=1e-4, rtol=1e-4)

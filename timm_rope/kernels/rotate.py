@@ -79,8 +79,7 @@ def owned(output: Tensor, projection: nn.Module) -> Tensor:
 
     A hook may keep it, and a wrapped, patched or parametrised projection may need it in its backward pass.
     """
-    patched = 'forward' in vars(projection) or '__call__' in vars(projection)  # on this layer alone
-    if type(projection) is nn.Linear and not patched and unobserved(projection):
+    if type(projection) is nn.Linear and unobserved(projection):
         return output
     return output.clone()
 
