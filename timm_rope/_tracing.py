@@ -95,12 +95,11 @@ def unobserved(module: nn.Module) -> bool:
     That is: no forward hook, and no `forward` put into this module or into its class, for the whole process. What is
     compiled or traced is never written to; there only the first is asked, since a tracer patches classes itself.
     """
-    if module._forward_hooks or _global_forward_hooks:
+    # dynamo cannot follow `vars` before torch 2.11
+    if 'forward' in module.__dict__ or module._forward_hooks or _global_forward_hooks:
         return False
-    if torch.compiler.is_compiling():  # dynamo does not see what `vars` holds, but calls it
-        return getattr(module.forward, '__qualname__', '') == f'{type(module).__name__}.forward'
-    if 'forward' in vars(module):
-        return False
+    if torch.compiler.is_compiling():
+        return True
     cls = type(module)
     stock = (
         _defined_in(cls.forward, torch.nn.modules.linear) and F.linear is torch._C._nn.linear
