@@ -126,7 +126,7 @@ def wave_vectors(rope: RotaryEncoding) -> Tensor:
     """
     if type(rope.rotation) is PairRotation:  # its subclasses turn by other angles
         return rope.frequencies()
-    if not isinstance(rope.rotation, BlockRotation):
+    if type(rope.rotation) is not BlockRotation:
         raise ValueError(f'{rope._signature} does not turn each channel pair by one wave vector')
     generators = rope.frequencies()
     held, block, entry = _pairs_in_blocks(rope, rope.head_dim // 2)
@@ -151,7 +151,7 @@ def freqs_for_wave_vectors(rope: RotaryEncoding, vectors: Tensor) -> Tensor:
         if bool(vectors[..., groups:].any()):
             raise ValueError(f'{rope.name!r} leaves the pairs beyond the first {groups} of a head unrotated')
         return rope.freqs_for(F.pad(vectors[..., :groups], [0, max(0, groups - vectors.shape[-1])]))
-    if not isinstance(rope.rotation, BlockRotation):
+    if type(rope.rotation) is not BlockRotation:
         raise ValueError(f'{rope.name!r} does not turn channel pairs')
     held, block, entry = _pairs_in_blocks(rope, vectors.shape[-1])
     size = rope.rotation.size
