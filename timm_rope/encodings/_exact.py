@@ -1,7 +1,8 @@
 """Encodings as special cases of others: the frequencies of one that make it the same function as another.
 
 Encodings whose channel pairs turn each by one wave vector, axial and uniform, mixed and spiral, can be told in those
-vectors; a block of LieRE holds pairs as generators that couple nothing else. Triplets are told by their frequencies.
+vectors; a block of LieRE holds pairs as generators that couple nothing else. Triplets are told by their frequencies,
+or by those as axes of rotation.
 """
 from typing import Any, Dict, List, Tuple
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..positions.coordinates import read_grid
-from ..rotations import BlockRotation, PairRotation, Rotation
+from ..rotations import AxesRotation, BlockRotation, PairRotation, Rotation, TripletRotation
 from . import create_rope, list_ropes
 from ._base import ENCODINGS, RotaryEncoding
 
@@ -62,11 +63,23 @@ def _freqs(source: RotaryEncoding, target: RotaryEncoding) -> Tensor:
     try:
         if _form(source.rotation) == _form(target.rotation):
             return target.freqs_for(_shared(source.frequencies().cpu() * scale, target))
+        if isinstance(source.rotation, TripletRotation) and isinstance(target.rotation, AxesRotation):
+            axes = _axes(source.frequencies().cpu(), source.rotation, target.rotation)
+            return target.freqs_for(_shared(axes * scale, target))
         return freqs_for_wave_vectors(target, _shared(wave_vectors(source).cpu() * scale, target))
     except _NoExactForm:
         raise
     except ValueError as error:
         raise _NoExactForm(error) from None
+
+
+def _axes(freqs: Tensor, source: TripletRotation, target: AxesRotation) -> Tensor:
+    """The frequencies of triplets as axes of space: yaw about the last, roll about the first."""
+    if source.order != target.order:
+        raise ValueError(f'the axes act in the order {source.order!r} here and {target.order!r} there')
+    yaw, roll = freqs
+    zero = torch.zeros_like(yaw)
+    return torch.stack((torch.stack((zero, zero, yaw), -1), torch.stack((roll, zero, zero), -1)))
 
 
 def _form(rotation: Rotation) -> Any:
