@@ -233,7 +233,7 @@ def test_export_for_any_number_of_points(name, extent):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['axial', 'mixed', 'spherical_learned', 'liere'])
+@pytest.mark.parametrize('name', ['axial', 'mixed', 'spherical_learned', 'liere', 'comrope', 'quatro'])
 @pytest.mark.parametrize('of_coordinates', [False, True])
 def test_compiled(name, of_coordinates):
     torch._dynamo.reset()
@@ -257,7 +257,7 @@ def test_another_number_of_images_is_refused():
             rotate(torch.randn(2, 5, 192), rope.at(points(images, 5))[0], rope.rotation, 2)
 
 
-@pytest.mark.parametrize('name', ['mixed', 'spherical', 'liere'])
+@pytest.mark.parametrize('name', ['mixed', 'spherical', 'liere', 'comrope', 'geope', 'quatro'])
 def test_transforms(name):
     rope, at = make(name, dtype=torch.float64, head_dim=8), points(3, 4, dtype=torch.float64)
     mapped = torch.func.vmap(lambda image: rope.at(image)[1])(at)
