@@ -64,6 +64,27 @@ def blocks(head_dim, size, triangles_x, triangles_y, x, y):
     return matrix
 
 
+def quaternion(vector):
+    """Exponential of an imaginary quaternion."""
+    half = math.sqrt(sum(v * v for v in vector))
+    return np.array([math.cos(half), *(v * (math.sin(half) / half if half else 1.) for v in vector)])
+
+
+def hamilton(p, q):
+    """Product of two quaternions, real part and vector by scalar and vector products."""
+    return np.array([p[0] * q[0] - p[1:] @ q[1:], *(p[0] * q[1:] + q[0] * p[1:] + np.cross(p[1:], q[1:]))])
+
+
+def triplets_of_space(head_dim, turns):
+    """Matrix that makes r v r* of triplets v, for one unit quaternion r each."""
+    matrix = np.eye(head_dim)
+    for g, r in enumerate(turns):
+        back = r * [1, -1, -1, -1]
+        columns = [hamilton(hamilton(r, np.array([0., *unit])), back)[1:] for unit in np.eye(3)]
+        matrix[3 * g:3 * g + 3, 3 * g:3 * g + 3] = np.stack(columns, -1)
+    return matrix
+
+
 def spiral_angles(dim, options, grid, row, column):
     """Angle of every pair: theta times the position along a turned axis, cut off at the border if clamped."""
     quarter, turns = dim // 4, options['directions'] // 2
@@ -161,6 +182,37 @@ def liere(at):
     return blocks(at.dim, size, at.pick(along_x), at.pick(along_y), at.x, at.y)
 
 
+@formula('comrope')
+def comrope(at):
+    size, one_axis = at.options['block'], at.options['variant'] == 'ap'
+    count, entries = at.dim // size, size * (size - 1) // 2
+    values = at.all_learned[0]
+    rows = at.pick(values.reshape(values.shape[0], -1, count, values.shape[-1]))
+    steps = [(g % 2, 1 - g % 2) if one_axis else row[entries:] for g, row in enumerate(rows)]
+    along_x, along_y = ([step[axis] * row[:entries] for step, row in zip(steps, rows)] for axis in (0, 1))
+    return blocks(at.dim, size, along_x, along_y, at.x, at.y)
+
+
+@formula('geope')
+def geope(at):
+    turns = []
+    for w in at.series(at.dim // 3):
+        mean = [at.y * w / 4, at.x * w / 4, 0.]  # of the logarithms: half an angle along i, half of one along j
+        turns.append(quaternion(mean))
+    return triplets_of_space(at.dim, turns)
+
+
+@formula('quatro')
+def quatro(at):
+    count = at.dim // 3
+    values = at.all_learned.reshape(2, at.all_learned.shape[1], -1, count, 3)
+    turns = []
+    for a_x, a_y in zip(*(at.pick(axes) for axes in values)):
+        by_x, by_y = quaternion(a_x * at.x / 2), quaternion(a_y * at.y / 2)
+        turns.append(hamilton(by_x, by_y) if at.options['order'] == 'yx' else hamilton(by_y, by_x))
+    return triplets_of_space(at.dim, turns)
+
+
 def rotations(rope, grid, layer, head):
     """(N, D, D) matrices of an encoding, from its name, options and learned values alone."""
     return rotations_at(rope, [(i, j) for i in range(grid[0]) for j in range(grid[1])], grid, layer, head)
@@ -170,7 +222,7 @@ def rotations_at(rope, points, grid, layer, head):
     """The same at points (row, column) in units of patches of a grid."""
     if rope.name not in FORMULAS:
         raise NotImplementedError(f'write the formula of {rope.name!r} in tests/oracle.py, under @formula')
-    span, centered = (1.0, False) if rope.name == 'liere' else (2 * math.pi, True)
+    span, centered = (1.0, False) if rope.name in ('liere', 'comrope') else (2 * math.pi, True)
     reference = rope.reference_grid.tolist()
     at = Place(rope, grid, layer, head)
     out = []

@@ -13,7 +13,9 @@ from fresh_python import HIDE, our_warnings, run_python, write_timm
 
 from timm_rope import plugin
 
-ENCODINGS = ('axial', 'axial_learned', 'mixed', 'spherical', 'spherical_learned', 'uniform', 'liere', 'spiral')
+ENCODINGS = (
+    'axial', 'axial_learned', 'mixed', 'spherical', 'spherical_learned', 'uniform', 'liere', 'spiral', 'comrope',
+    'geope', 'quatro')
 SIZES = ('tiny', 'small', 'base', 'large')
 PROMISED = {
     *(f'vit_{size}_rope_{encoding}{ape}' for size in SIZES for encoding in ENCODINGS for ape in ('', '_ape')),

@@ -20,6 +20,10 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ('spiral', {'directions': 4, 'scale': 1., 'temperature': 100.}),
     ('liere', {'block': 2}), ('liere', {'block': 3}), ('liere', {'block': 4}), ('liere', {'block': 5}),
     ('liere', {'block': 64}), ('liere', {'share_heads': True, 'coords': 'ends'}),
+    ('comrope', {'block': 2}), ('comrope', {'variant': 'ap', 'block': 4}), ('comrope', {'block': 5, 'coords': 'index'}),
+    ('comrope', {'variant': 'ap', 'block': 3, 'share_layers': True, 'coords': 'ends'}),
+    ('geope', {'temperature': 1e4, 'coords': 'ends'}), ('geope', {'coords': 'index'}),
+    ('quatro', {'order': 'xy', 'coords': 'index'}), ('quatro', {'share_heads': True, 'share_layers': True}),
 ]
 IDS = ['-'.join([name, *map(str, options.values())]) for name, options in VARIANTS]
 
@@ -135,7 +139,7 @@ def test_oblique_encodings_turn_a_group_with_both_axes(name, options):
         with_x = (block[1, 1] - block[1, 2]).abs().max() > 1e-6
         both.append(bool(with_x and with_y))
     # in every direction but that of an axis itself, which may be one of many
-    assert any(both) == rope.oblique
+    assert any(both) == (rope.oblique and options.get('variant') != 'ap')
 
 
 def test_mixed_starts_as_a_turned_axial_basis():
@@ -164,6 +168,92 @@ def test_block_2_is_mixed():
     assert torch.allclose(matrices(liere, (4, 3)), matrices(mixed, (4, 3)), atol=1e-12)
 
 
+def test_comrope_of_block_2_is_mixed():
+    comrope = make('comrope', {'block': 2, 'coords': 'index'}, dtype=torch.float64)
+    mixed = make('mixed', dtype=torch.float64)
+    a, t_x, t_y = comrope.freqs.detach()[0].reshape(2, 2, 32, 3).unbind(-1)
+    with torch.no_grad():
+        mixed.freqs.copy_(-a * torch.stack((t_x, t_y)))
+    assert torch.allclose(matrices(comrope, (4, 3)), matrices(mixed, (4, 3)), atol=1e-12)
+
+
+@pytest.mark.parametrize('variant', ['ld', 'ap'])
+def test_comrope_is_mixed_in_another_basis(variant):
+    comrope = make('comrope', {'coords': 'index', 'variant': variant}, num_heads=1, depth=1, dtype=torch.float64)
+    mixed = make('mixed', num_heads=1, depth=1, dtype=torch.float64)
+    basis, vectors = torch.zeros(64, 64, dtype=torch.float64), []
+    for g, (x, y) in enumerate(zip(*comrope.frequencies().detach()[:, 0, 0])):
+        larger = x if variant == 'ld' or g % 2 else y
+        block = torch.zeros(8, 8, dtype=torch.float64)
+        block[tuple(torch.triu_indices(8, 8, 1))] = larger
+        values, pairs = torch.linalg.eigh(1j * (block - block.T))
+        planes = 2 ** 0.5 * torch.view_as_real(pairs[:, 4:]).flatten(1)  # the plane of each positive eigenvalue
+        basis[8 * g:8 * g + 8, 8 * g:8 * g + 8] = planes
+        vectors.append(values[4:, None] * torch.stack((x[0], y[0])) / larger[0])
+    with torch.no_grad():
+        mixed.freqs[:, 0, 0] = torch.cat(vectors).T
+    assert torch.allclose(basis @ basis.T, torch.eye(64, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(matrices(comrope, (4, 3)), basis @ matrices(mixed, (4, 3)) @ basis.T, atol=1e-11)
+
+
+def test_geope_is_liere_and_takes_both_axes_alike():
+    geope = make('geope', {'coords': 'index'}, dtype=torch.float64)
+    liere = make('liere', {'block': 3, 'coords': 'index'}, dtype=torch.float64)
+    with torch.no_grad():  # (0, 1), (0, 2), (1, 2) of the generators
+        liere.freqs.zero_()
+        w = torch.tensor([100 ** (-g / 21) for g in range(21)], dtype=torch.float64).repeat(2)
+        liere.freqs[0, ..., 1], liere.freqs[1, ..., 2] = w / 2, -w / 2
+    r = matrices(geope, (4, 4))
+    assert torch.allclose(r.expand(2, -1, -1, -1), matrices(liere, (4, 4)), atol=1e-12)
+    swap = torch.tensor([[0., 1., 0.], [1., 0., 0.], [0., 0., -1.]], dtype=torch.float64)
+    swap = torch.block_diag(*[swap] * 21, torch.ones(1, 1))
+    r = r.unflatten(1, (4, 4))
+    assert torch.allclose(r.transpose(1, 2), swap @ r @ swap.T, atol=1e-12), 'the transposed image'
+
+
+def quatro_about(directions, like, order='yx'):
+    """QuatRo with the frequencies of an encoding and axes in directions (2, 3), of the columns and of the rows."""
+    quatro = make('quatro', {'order': order, 'coords': like.coords}, head_dim=24, dtype=torch.float64)
+    with torch.no_grad():
+        w = like.freqs.expand(-1, 2, 2, -1)[..., :8].flatten(2).unsqueeze(-1)
+        quatro.freqs.copy_(w * torch.tensor(directions, dtype=torch.float64)[:, None, None])
+    return quatro
+
+
+@pytest.mark.parametrize('order', ['yx', 'xy'])
+def test_quatro_about_orthogonal_axes_is_spherical(order):
+    spherical = make('spherical_learned', {'order': order}, head_dim=24, dtype=torch.float64)
+    with torch.no_grad():
+        spherical.freqs.mul_(1 + torch.rand_like(spherical.freqs))
+    expected = matrices(spherical, (4, 5), 1)
+    quatro = quatro_about([[0., 0., 1.], [1., 0., 0.]], spherical, order)
+    assert torch.allclose(matrices(quatro, (4, 5), 1), expected, atol=1e-12)
+    turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    turned = turned * torch.linalg.det(turned)  # of other orthogonal axes, in another basis of the channels
+    quatro = quatro_about([turned[:, 2].tolist(), turned[:, 0].tolist()], spherical, order)
+    basis = torch.block_diag(*[turned] * 8)
+    assert torch.allclose(matrices(quatro, (4, 5), 1), basis @ expected @ basis.T, atol=1e-12)
+
+
+def test_quatro_about_parallel_axes_is_mixed():
+    mixed = make('mixed', head_dim=16, dtype=torch.float64)
+    quatro = quatro_about([[0., 0., 1.], [0., 0., 1.]], mixed)
+    pairs = [c for c in range(24) if c % 3 < 2]
+    r = matrices(quatro, (4, 5), 1)
+    assert torch.allclose(r[:, :, pairs][..., pairs], matrices(mixed, (4, 5), 1), atol=1e-12)
+    assert torch.equal(r[:, :, 2::3, 2::3], torch.eye(8).double().expand(2, 20, -1, -1)), 'the third does not turn'
+    assert max(shift_errors(quatro_about([[.6, 0., .8], [.6, 0., .8]], mixed))) < 1e-10
+    assert max(shift_errors(quatro_about([[.6, 0., .8], [.8, 0., .6]], mixed))) > 1e-2
+
+
+def test_axes_of_length_zero_learn():
+    rope = make('quatro', head_dim=24, dtype=torch.float64)
+    with torch.no_grad():
+        rope.freqs.zero_()
+    sum((p * torch.randn_like(p)).sum() for p in rope((3, 4))).backward()
+    assert torch.isfinite(rope.freqs.grad).all() and (rope.freqs.grad != 0).all()
+
+
 def test_uniform_makes_one_turn_over_the_reference_grid():
     rope = make('uniform', reference_grid=(6, 10), dtype=torch.float64)
     payload = rope((12, 20))[0][0].reshape(12, 20, 64)
@@ -182,8 +272,10 @@ def test_larger_grids_extrapolate_with_an_unchanged_step(name):
     if rope.relative == 'xy':  # scores between neighbours are the same wherever the origin is
         for a, b in (((0, 0), (0, 1)), ((0, 0), (1, 0))):
             assert torch.allclose(small[a].mT @ small[b], large[a].mT @ large[b], atol=1e-10)
-    elif name == 'liere':
-        assert torch.allclose(small, large[:14, :14], atol=1e-10)
+    elif rope.relative == '':
+        start = 7 if rope.centered else 0
+        large = matrices(rope, (28, 28))[0].detach().reshape(28, 28, 24, 24)
+        assert torch.allclose(small, large[start:start + 14, start:start + 14], atol=1e-10)
     else:
         small_x, large_x = small[3, :2], large[3, :2]  # relative along x, at the same y
         assert torch.allclose(small_x[0].mT @ small_x[1], large_x[0].mT @ large_x[1], atol=1e-10)
@@ -303,6 +395,12 @@ def test_meta_load_then_non_persistent_buffers(name):
     (lambda: make('spherical', {'order': 'zx'}), ValueError, "order must be one of 'yx', 'xy', got 'zx'"),
     (lambda: make('liere', {'block': 1}), ValueError, 'block must be an integer of at least 2, got 1'),
     (lambda: make('liere', {'block': 8.}), ValueError, 'block must be an integer'),
+    (lambda: make('comrope', {'variant': 'xy'}), ValueError, "variant must be one of 'ld', 'ap', got 'xy'"),
+    (lambda: make('comrope', {'block': 1}), ValueError, 'block must be an integer of at least 2, got 1'),
+    (lambda: make('comrope', {'variant': 'ap'}, head_dim=15), ValueError, 'head_dim must be at least 16 for'),
+    (lambda: make('geope', head_dim=2), ValueError, "head_dim must be at least 3 for 'geope', got 2"),
+    (lambda: make('quatro', head_dim=2), ValueError, "head_dim must be at least 3 for 'quatro', got 2"),
+    (lambda: make('quatro', {'order': 'zx'}), ValueError, "order must be one of 'yx', 'xy', got 'zx'"),
     (lambda: make('liere', {'block': 65}), ValueError, 'head_dim must be at least 65'),
     (lambda: make('spherical', head_dim=2), ValueError, "head_dim must be at least 3 for 'spherical', got 2"),
     (lambda: make('axial', head_dim=3), ValueError, 'head_dim must be at least 4'),

@@ -19,7 +19,8 @@ CASES = [
     ('spherical_learned', 10, {}), ('spherical_learned', 6, dict(order='xy', share_heads=True)),
     *(('liere', 12, dict(block=block)) for block in (2, 3, 4, 5, 6, 8, 12)),
     ('liere', 12, dict(block=3, share_heads=True)), ('liere', 12, dict(block=6, share_heads=True)),
-    ('liere', 32, dict(block=32)),
+    ('liere', 32, dict(block=32)), ('comrope', 12, dict(block=6)), ('comrope', 12, dict(block=3, variant='ap')),
+    ('geope', 10, {}), ('quatro', 9, {}), ('quatro', 10, dict(order='xy', share_heads=True)),
 ]
 IDS = [f'{name}-{dim}-{"-".join(map(str, options.values()))}' for name, dim, options in CASES]
 

@@ -13,12 +13,13 @@ from tiny import TINY, make
 
 import timm_rope
 from timm_rope._timm import save_for_hf
+from timm_rope.encodings import ENCODINGS
 from timm_rope.positions.coordinates import grid_axes
 from timm_rope.positions.scaling import ALPHA, BETA, interpolate, ntk, yarn
 
 NAMES = timm_rope.list_ropes()
 RULES = ('extrapolate', 'interpolate', 'ntk', 'yarn')
-BY_FREQUENCY = [n for n in NAMES if n not in ('liere', 'uniform')]
+BY_FREQUENCY = [n for n in NAMES if 'ntk' in ENCODINGS[n].scalings]
 CASES = [(name, rule) for name in NAMES for rule in RULES if rule in RULES[:2] or name in BY_FREQUENCY]
 SWIN = dict(img_size=32, patch_size=4, embed_dim=16, depths=(1, 2), num_heads=(1, 2), window_size=4, num_classes=3)
 
@@ -215,7 +216,7 @@ def test_single_precision(name, rule):
     single = rope(name, (14, 14), 16, 1, scaling=rule)
     double = rope(name, (14, 14), 16, 1, scaling=rule, dtype=torch.float64)
     double.freqs.data.copy_(single.freqs.data)
-    if name not in ('axial_learned', 'mixed', 'spherical_learned', 'liere'):
+    if not double.learned:
         double.init_non_persistent_buffers()
     payload = single((40, 56), 1)[0]
     assert payload.dtype == torch.float32
@@ -227,6 +228,8 @@ def test_single_precision(name, rule):
 
 @pytest.mark.parametrize('name,options,rule,reason', [
     ('liere', {}, 'ntk', 'mixture of frequencies'), ('liere', {}, 'yarn', 'mixture of frequencies'),
+    ('comrope', {}, 'ntk', 'several frequencies'), ('geope', {}, 'yarn', 'depends on the direction'),
+    ('quatro', {}, 'ntk', 'depends on the direction'),
     ('uniform', {}, 'ntk', 'one frequency'), ('uniform', {}, 'yarn', 'one frequency'),
     ('spiral', {'clamp': True}, 'interpolate', 'clamp'), ('spiral', {'clamp': True}, 'ntk', 'clamp'),
     ('axial', {}, 'pi', "'extrapolate', 'interpolate', 'ntk', 'yarn'"), ('mixed', {}, None, "'ntk'"),

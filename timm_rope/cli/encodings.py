@@ -7,6 +7,7 @@ from typing import List
 from ..encodings import ENCODINGS, create_rope, list_ropes
 from ._common import write_whole
 
+GROUPS = {2: 'pairs', 3: 'triplets'}
 RELATIVE = {'xy': 'yes', 'last': 'one axis', '': 'no'}
 
 
@@ -62,7 +63,7 @@ def properties_table() -> str:
         rope = create_rope(name, device='meta')
         parameters = sum(p.numel() for p in rope.parameters())
         lines.append(
-            f'| `{name}` | {type(rope.rotation).__name__.removesuffix("Rotation").lower()}s '
+            f'| `{name}` | {GROUPS.get(rope.rotation.size, "blocks")} '
             f'| {_yes(rope.learned)} | {RELATIVE[rope.relative]} | {_yes(rope.oblique)} | {parameters:,} '
             f'| {rope.summary} | {rope.source} |')
     return '\n'.join(lines)

@@ -5,8 +5,11 @@ from ._registry import create_rope as create_rope
 from ._registry import list_ropes as list_ropes
 from .axial import Axial as Axial
 from .axial import AxialLearned as AxialLearned
+from .comrope import ComRoPE as ComRoPE
+from .geope import GeoPE as GeoPE
 from .liere import LieRE as LieRE
 from .mixed import Mixed as Mixed
+from .quatro import QuatRo as QuatRo
 from .spherical import Spherical as Spherical
 from .spherical import SphericalLearned as SphericalLearned
 from .spiral import Spiral as Spiral

@@ -2,7 +2,7 @@
 
 Encodings whose channel pairs turn each by one wave vector, axial and uniform, mixed and spiral, can be told in those
 vectors; a block of LieRE holds pairs as generators that couple nothing else, or, in another basis of the channels, as
-generators that commute. Triplets are told by their frequencies.
+generators that commute. Triplets are told by their frequencies, or by those as axes of rotation.
 """
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..positions.coordinates import read_grid
-from ..rotations import BlockRotation, PairRotation, Rotation
+from ..rotations import AxesRotation, BlockRotation, PairRotation, Rotation, TripletRotation
 from . import create_rope, list_ropes
 from ._base import ENCODINGS, RotaryEncoding
 from ._commuting import planes
@@ -82,10 +82,13 @@ def _freqs(
     try:
         if _form(source.rotation) == _form(target.rotation):
             return target.freqs_for(_shared(_in_units(source.frequencies(), scale), target)), None
+        if isinstance(source.rotation, TripletRotation) and isinstance(target.rotation, AxesRotation):
+            axes = _axes(source.frequencies().cpu(), source.rotation, target.rotation)
+            return target.freqs_for(_shared(_in_units(axes, scale), target)), None
         try:
             vectors = wave_vectors(source)
         except ValueError:
-            if not isinstance(source.rotation, BlockRotation) or type(target.rotation) is not PairRotation:
+            if type(source.rotation) is not BlockRotation or type(target.rotation) is not PairRotation:
                 raise
             vectors, basis = planes(source.frequencies(), source.head_dim, source.rotation.size)
             if not any_basis:
@@ -97,6 +100,15 @@ def _freqs(
         raise
     except ValueError as error:
         raise _NoExactForm(error) from None
+
+
+def _axes(freqs: Tensor, source: TripletRotation, target: AxesRotation) -> Tensor:
+    """The frequencies of triplets as axes of space: yaw about the last, roll about the first."""
+    if source.order != target.order:
+        raise ValueError(f'the axes act in the order {source.order!r} here and {target.order!r} there')
+    yaw, roll = freqs
+    zero = torch.zeros_like(yaw)
+    return torch.stack((torch.stack((zero, zero, yaw), -1), torch.stack((roll, zero, zero), -1)))
 
 
 def _form(rotation: Rotation) -> Any:
@@ -166,7 +178,7 @@ def wave_vectors(rope: RotaryEncoding) -> Tensor:
     """
     if type(rope.rotation) is PairRotation:  # its subclasses turn by other angles
         return rope.frequencies()
-    if not isinstance(rope.rotation, BlockRotation):
+    if type(rope.rotation) is not BlockRotation:
         raise ValueError(f'{rope._signature} does not turn each channel pair by one wave vector')
     generators = rope.frequencies()
     held, block, entry = _pairs_in_blocks(rope, rope.head_dim // 2)
@@ -191,7 +203,7 @@ def freqs_for_wave_vectors(rope: RotaryEncoding, vectors: Tensor) -> Tensor:
         if bool(vectors[..., groups:].any()):
             raise ValueError(f'{rope.name!r} leaves the pairs beyond the first {groups} of a head unrotated')
         return rope.freqs_for(F.pad(vectors[..., :groups], [0, max(0, groups - vectors.shape[-1])]))
-    if not isinstance(rope.rotation, BlockRotation):
+    if type(rope.rotation) is not BlockRotation:
         raise ValueError(f'{rope.name!r} does not turn channel pairs')
     held, block, entry = _pairs_in_blocks(rope, vectors.shape[-1])
     size = rope.rotation.size

@@ -99,8 +99,8 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
                 self._shift, self._jitter, self._rescale)
             y, x = moved[0], moved[1]
         # R(0) is the identity in every encoding: a prefix token sits at the origin
-        origin = torch.zeros_like(y[:1])
-        return self.rotation.table(freqs, origin, origin), self.rotation.table(freqs, y, x)
+        origin, dtype = torch.zeros_like(y[:1]), self.freqs.dtype
+        return self.rotation.table(freqs, origin, origin).to(dtype), self.rotation.table(freqs, y, x).to(dtype)
 
 
 def check_coordinates(coordinates: Tensor, device: torch.device) -> None:

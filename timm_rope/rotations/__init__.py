@@ -12,6 +12,7 @@ unrotated.
 Everything is real arithmetic on strided slices, so that TorchScript, FX, export and ONNX need no special case.
 Functions under `torch.fx.wrap` stay one node in a traced graph.
 """
+from .axes import AxesRotation as AxesRotation
 from .base import Rotation as Rotation
 from .blocks import BlockRotation as BlockRotation
 from .pairs import PairRotation as PairRotation
