@@ -7,7 +7,7 @@ import torch
 from tiny import make
 
 from timm_rope import convert_encoding
-from timm_rope.encodings._commuting import planes
+from timm_rope.encodings._planes import planes
 from timm_rope.rotations import BlockRotation
 
 WIDE = dict(embed_dim=48)  # heads of 24 channels

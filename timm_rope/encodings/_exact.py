@@ -14,7 +14,7 @@ from ..positions.coordinates import read_grid
 from ..rotations import AxesRotation, BlockRotation, PairRotation, Rotation, TripletRotation
 from . import create_rope, list_ropes
 from ._base import ENCODINGS, RotaryEncoding
-from ._commuting import planes
+from ._planes import planes
 
 
 def convert_rope(
