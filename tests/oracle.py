@@ -86,12 +86,14 @@ def spiral_angles(dim, options, grid, row, column):
 # -- one function for each encoding: (D, D), the matrix of a head at one position
 
 FORMULAS = {}
+FRAMES = {}  # length of the reference image in normalised coordinates, and whether their origin is in its middle
 
 
-def formula(*names):
+def formula(*names, span=2 * math.pi, centered=True):
     """Register the formula of encodings, called with a `Place`."""
     def register(function):
         FORMULAS.update(dict.fromkeys(names, function))
+        FRAMES.update(dict.fromkeys(names, (span, centered)))
         return function
 
     return register
@@ -153,7 +155,20 @@ def spiral(at):
     return pairs(at.dim, spiral_angles(at.dim, at.options, at.grid, at.y, at.x))
 
 
-@formula('liere')
+@formula('golden', span=2.)
+def golden(at):
+    pairs_of_head, options = at.dim // 2, at.options
+    zeros = round(pairs_of_head * options['p_zero_freqs'])
+    turning = np.geomspace(options['min_freq'], options['max_freq'], pairs_of_head - zeros)
+    golden_ratio = (1 + math.sqrt(5)) / 2
+    angles = []
+    for i, w in enumerate([0.] * zeros + turning.tolist()):
+        phi = (at.head * pairs_of_head + i) * math.pi / golden_ratio
+        angles.append(w * (at.x * math.cos(phi) + at.y * math.sin(phi)))
+    return pairs(at.dim, angles)
+
+
+@formula('liere', span=1., centered=False)
 def liere(at):
     size = at.options['block']
     count = at.dim // size
@@ -170,7 +185,7 @@ def rotations_at(rope, points, grid, layer, head):
     """The same at points (row, column) in units of patches of a grid."""
     if rope.name not in FORMULAS:
         raise NotImplementedError(f'write the formula of {rope.name!r} in tests/oracle.py, under @formula')
-    span, centered = (1.0, False) if rope.name == 'liere' else (2 * math.pi, True)
+    span, centered = FRAMES[rope.name]
     reference = rope.reference_grid.tolist()
     at = Place(rope, grid, layer, head)
     out = []

@@ -17,6 +17,7 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ('uniform', {'coords': 'ends'}),
     ('spherical', {'order': 'xy'}), ('spherical', {'temperature': 1e4, 'coords': 'ends'}),
     ('spherical_learned', {'order': 'xy', 'share_heads': True, 'share_layers': True}),
+    ('golden', {'coords': 'ends', 'max_freq': 5.}), ('golden', {'p_zero_freqs': 0.25, 'min_freq': 1.}),
     ('spiral', {'directions': 4, 'scale': 1., 'temperature': 100.}),
     ('liere', {'block': 2}), ('liere', {'block': 3}), ('liere', {'block': 4}), ('liere', {'block': 5}),
     ('liere', {'block': 64}), ('liere', {'share_heads': True, 'coords': 'ends'}),
@@ -153,6 +154,19 @@ def test_mixed_starts_as_a_turned_axial_basis():
 def test_axial_learned_starts_as_axial_and_spherical_learned_as_spherical():
     for fixed, learned in (('axial', 'axial_learned'), ('spherical', 'spherical_learned')):
         assert torch.allclose(make(fixed)((4, 5))[1].expand(2, -1, -1), make(learned)((4, 5))[1], atol=1e-7)
+
+
+def test_golden_never_repeats_a_direction_and_leaves_the_share_of_zeros_alone():
+    rope = make('golden', {'p_zero_freqs': 0.25}, num_heads=6)
+    x, y = rope.frequencies()[:, 0]
+    assert rope.freqs.shape == (4, 1, 6, 32) and x.shape == (6, 32) and rope([2, 3])[0].shape == (6, 6, 64)
+    length = torch.hypot(x, y)
+    assert not length[:, :8].any() and torch.allclose(length[:, [8, 31]], torch.tensor([[0.2, 20.]]).double())
+    ratio = length[:, 9:] / length[:, 8:-1]
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio)), 'a geometric series'
+    direction = torch.remainder(torch.atan2(y, x)[:, 8:].flatten() / math.pi, 1).sort().values
+    gaps = torch.cat((direction, direction[:1] + 1)).diff()
+    assert gaps.min() > 0.2 / len(gaps) and gaps.max() < 4 / len(gaps), 'spread over the half circle'
 
 
 def test_block_2_is_mixed():
@@ -311,6 +325,11 @@ def test_meta_load_then_non_persistent_buffers(name):
     (lambda: make('axial', {'temperature': math.nan}), ValueError, 'temperature.*nan'),
     (lambda: make('axial', {'coords': 'pixels'}), ValueError, "coords of 'axial' must be one of.*'pixels'"),
     (lambda: make('uniform', {'coords': 'index'}), ValueError, "coords of 'uniform'"),
+    (lambda: make('golden', {'coords': 'index'}), ValueError, "coords of 'golden'"),
+    (lambda: make('golden', {'max_freq': 0.1}), ValueError, 'max_freq must be at least min_freq, got 0.1 and 0.2'),
+    (lambda: make('golden', {'min_freq': -1}), ValueError, 'min_freq must be a positive finite number, got -1'),
+    (lambda: make('golden', {'p_zero_freqs': 1.5}), ValueError, 'p_zero_freqs must be a number from 0 to 1, got 1.5'),
+    (lambda: make('golden', {'p_zero_freqs': True}), ValueError, 'p_zero_freqs must be a number from 0 to 1'),
     (lambda: make('mixed', {'share_heads': 'yes'}), ValueError, "share_heads must be True or False, got 'yes'"),
     (lambda: make('axial', reference_grid=(14,)), ValueError, r'reference_grid must be two positive integers.*\(14,\)'),
     (lambda: make('axial', reference_grid=(0, 14)), ValueError, r'reference_grid.*\(0, 14\)'),

@@ -53,7 +53,7 @@ def test_formula(name, options, extent):
     payloads = rope.at(at, 1, extent)
     x = torch.randn(2, 2, 7, 32)
     for layer in range(2):
-        assert payloads[layer].shape[:-1] == (2, 2 if rope.learned and not rope.options['share_heads'] else 1, 7)
+        assert payloads[layer].shape[:-1] == (2, rope.frequencies().shape[2], 7)
         got = rope.rotate(x, payloads[layer])
         assert torch.equal(got[:, :, 0], x[:, :, 0]), 'prefix tokens do not turn'
         for image in range(2):

@@ -13,12 +13,13 @@ from tiny import TINY, make
 
 import timm_rope
 from timm_rope._timm import save_for_hf
+from timm_rope.encodings import ENCODINGS
 from timm_rope.positions.coordinates import grid_axes
 from timm_rope.positions.scaling import ALPHA, BETA, interpolate, ntk, yarn
 
 NAMES = timm_rope.list_ropes()
 RULES = ('extrapolate', 'interpolate', 'ntk', 'yarn')
-BY_FREQUENCY = [n for n in NAMES if n not in ('liere', 'uniform')]
+BY_FREQUENCY = [n for n in NAMES if ENCODINGS[n].scalings == RULES]
 CASES = [(name, rule) for name in NAMES for rule in RULES if rule in RULES[:2] or name in BY_FREQUENCY]
 SWIN = dict(img_size=32, patch_size=4, embed_dim=16, depths=(1, 2), num_heads=(1, 2), window_size=4, num_classes=3)
 
@@ -62,14 +63,15 @@ def scaled(rule, wx, wy, s, side, apart):
 @pytest.mark.parametrize('name', BY_FREQUENCY)
 @pytest.mark.parametrize('coords', ['index', 'cells'])
 def test_frequencies_follow_the_formula(name, rule, coords):
-    if name == 'spiral' and coords != 'index':
-        pytest.skip('spiral has index coordinates only')
+    if coords not in ENCODINGS[name].coords_choices:
+        pytest.skip(f'{name} has no {coords} coordinates')
     grid, reference, dim = (9, 12), (6, 4), 24
     encoding = rope(name, reference, dim, coords=coords, scaling=rule, dtype=torch.float64)
     assert encoding.scaling == rule
-    side = (reference[1], reference[0]) if coords == 'index' else (2 * math.pi, 2 * math.pi)
-    ys = oracle.coordinates(grid[0], reference[0], coords, 2 * math.pi, True)
-    xs = oracle.coordinates(grid[1], reference[1], coords, 2 * math.pi, True)
+    frame = oracle.FRAMES[name]
+    side = (reference[1], reference[0]) if coords == 'index' else frame[:1] * 2
+    ys = oracle.coordinates(grid[0], reference[0], coords, *frame)
+    xs = oracle.coordinates(grid[1], reference[1], coords, *frame)
     triplets = name.startswith('spherical')
     vector = np.linspace(-1, 1, dim)
     for layer in range(2):
@@ -106,7 +108,7 @@ def test_an_axis_that_has_not_grown_keeps_its_angles(name, rule):
     assert torch.equal(plain[..., columns], other[..., columns]) == (rule == 'extrapolate')
 
 
-@pytest.mark.parametrize('name', [n for n in NAMES if n != 'spiral'])
+@pytest.mark.parametrize('name', [n for n in NAMES if 'cells' in ENCODINGS[n].coords_choices])
 @pytest.mark.parametrize('coords', ['cells', 'ends'])
 def test_interpolation_is_training_on_the_larger_grid(name, coords):
     # normalised coordinates: a finer grid over the same image
@@ -215,7 +217,7 @@ def test_single_precision(name, rule):
     single = rope(name, (14, 14), 16, 1, scaling=rule)
     double = rope(name, (14, 14), 16, 1, scaling=rule, dtype=torch.float64)
     double.freqs.data.copy_(single.freqs.data)
-    if name not in ('axial_learned', 'mixed', 'spherical_learned', 'liere'):
+    if not single.learned:
         double.init_non_persistent_buffers()
     payload = single((40, 56), 1)[0]
     assert payload.dtype == torch.float32

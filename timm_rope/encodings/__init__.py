@@ -5,6 +5,7 @@ from ._registry import create_rope as create_rope
 from ._registry import list_ropes as list_ropes
 from .axial import Axial as Axial
 from .axial import AxialLearned as AxialLearned
+from .golden import Golden as Golden
 from .liere import LieRE as LieRE
 from .mixed import Mixed as Mixed
 from .spherical import Spherical as Spherical

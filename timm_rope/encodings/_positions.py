@@ -100,7 +100,8 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
             y, x = moved[0], moved[1]
         # R(0) is the identity in every encoding: a prefix token sits at the origin
         origin = torch.zeros_like(y[:1])
-        return self.rotation.table(freqs, origin, origin), self.rotation.table(freqs, y, x)
+        dtype = self.freqs.dtype  # frequencies may be wider
+        return self.rotation.table(freqs, origin, origin).to(dtype), self.rotation.table(freqs, y, x).to(dtype)
 
 
 def check_coordinates(coordinates: Tensor, device: torch.device) -> None:
