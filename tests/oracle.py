@@ -1,5 +1,6 @@
 """Rotation matrices from the formulas, position by position, in float64 NumPy. Shares no code with the package."""
 import math
+import random
 
 import numpy as np
 
@@ -165,6 +166,18 @@ def golden(at):
     for i, w in enumerate([0.] * zeros + turning.tolist()):
         phi = (at.head * pairs_of_head + i) * math.pi / golden_ratio
         angles.append(w * (at.x * math.cos(phi) + at.y * math.sin(phi)))
+    return pairs(at.dim, angles)
+
+
+@formula('nd')
+def nd(at):
+    scales, angles = at.dim // 6, []
+    draw = random.Random(at.options['seed'])
+    turn_of_head = [draw.uniform(0, 360) for _ in range(at.head + 1)][-1]
+    for w in at.series(scales):
+        for corner in (0, 120, 240):
+            phi = math.radians(turn_of_head + corner)
+            angles.append(w * at.x * math.cos(phi) + w * at.y * math.sin(phi))
     return pairs(at.dim, angles)
 
 

@@ -18,6 +18,7 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ('spherical', {'order': 'xy'}), ('spherical', {'temperature': 1e4, 'coords': 'ends'}),
     ('spherical_learned', {'order': 'xy', 'share_heads': True, 'share_layers': True}),
     ('golden', {'coords': 'ends', 'max_freq': 5.}), ('golden', {'p_zero_freqs': 0.25, 'min_freq': 1.}),
+    ('nd', {'seed': 7, 'temperature': 20.}), ('nd', {'coords': 'cells'}),
     ('spiral', {'directions': 4, 'scale': 1., 'temperature': 100.}),
     ('liere', {'block': 2}), ('liere', {'block': 3}), ('liere', {'block': 4}), ('liere', {'block': 5}),
     ('liere', {'block': 64}), ('liere', {'share_heads': True, 'coords': 'ends'}),
@@ -167,6 +168,28 @@ def test_golden_never_repeats_a_direction_and_leaves_the_share_of_zeros_alone():
     direction = torch.remainder(torch.atan2(y, x)[:, 8:].flatten() / math.pi, 1).sort().values
     gaps = torch.cat((direction, direction[:1] + 1)).diff()
     assert gaps.min() > 0.2 / len(gaps) and gaps.max() < 4 / len(gaps), 'spread over the half circle'
+
+
+def test_nd_prefers_no_direction_and_is_the_same_everywhere():
+    rope = make('nd', num_heads=6)
+    waves = rope.frequencies()[:, 0].unflatten(-1, (10, 3))  # (2, heads, scales, corners)
+    assert waves.sum(-1).abs().max() < 1e-14, 'a triangle about the origin'
+    angle = torch.arange(36).double()
+    along = torch.einsum('ahsc,ad->hscd', waves, torch.stack((angle.cos(), angle.sin())))
+    scale = torch.tensor([100 ** (-s / 10) for s in range(10)]).double()[:, None]
+    for order, mean in ((2, 1 / 2), (4, 3 / 8)):  # of cos^2 and cos^4
+        assert torch.allclose(along.pow(order).mean(2), (mean * scale ** order).expand(6, -1, 36), rtol=1e-7)
+    turns = torch.atan2(waves[1, :, 0, 0], waves[0, :, 0, 0])
+    assert turns.unique().numel() == 6
+    torch.manual_seed(5)
+    again = timm_rope.create_rope('nd', 64, 6, 2)
+    assert torch.equal(again.freqs, rope.freqs), 'not drawn by the generator of torch'
+    assert [round(t, 6) for t in (turns % (2 * math.pi)).tolist()] == [  # of every Python on every machine
+        5.305659, 4.762368, 2.642529, 1.626822, 3.212434, 2.544276]
+    other = make('nd', {'seed': 1}, num_heads=6)
+    assert not torch.equal(other.freqs, rope.freqs)
+    with pytest.raises(RuntimeError, match='seed is 0 there and 1 here'):
+        other.load_state_dict(rope.state_dict())
 
 
 def test_block_2_is_mixed():
@@ -325,6 +348,9 @@ def test_meta_load_then_non_persistent_buffers(name):
     (lambda: make('axial', {'temperature': math.nan}), ValueError, 'temperature.*nan'),
     (lambda: make('axial', {'coords': 'pixels'}), ValueError, "coords of 'axial' must be one of.*'pixels'"),
     (lambda: make('uniform', {'coords': 'index'}), ValueError, "coords of 'uniform'"),
+    (lambda: make('nd', head_dim=5), ValueError, "head_dim must be at least 6 for 'nd', got 5"),
+    (lambda: make('nd', {'seed': -1}), ValueError, 'seed must be an integer of at least 0, got -1'),
+    (lambda: make('nd', {'seed': 2 ** 31}), ValueError, 'seed must be at most 2147483647, got 2147483648'),
     (lambda: make('golden', {'coords': 'index'}), ValueError, "coords of 'golden'"),
     (lambda: make('golden', {'max_freq': 0.1}), ValueError, 'max_freq must be at least min_freq, got 0.1 and 0.2'),
     (lambda: make('golden', {'min_freq': -1}), ValueError, 'min_freq must be a positive finite number, got -1'),

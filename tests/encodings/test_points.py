@@ -38,8 +38,8 @@ def scores(rope, payload, seed=2):
     """q R(p_i)^T R(p_j) k between all points, with the same q and the same k at each of them."""
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, 1, rope.num_heads, 1, rope.head_dim, generator=generator, dtype=payload.dtype)
-    tokens = payload.shape[-2]
-    return rope.rotate(q.expand(-1, -1, tokens, -1), payload) @ rope.rotate(k.expand(-1, -1, tokens, -1), payload).mT
+    shape = payload.shape[0] if payload.ndim == 4 else 1, -1, payload.shape[-2], -1
+    return rope.rotate(q.expand(shape), payload) @ rope.rotate(k.expand(shape), payload).mT
 
 
 # -- values

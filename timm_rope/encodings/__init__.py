@@ -8,6 +8,7 @@ from .axial import AxialLearned as AxialLearned
 from .golden import Golden as Golden
 from .liere import LieRE as LieRE
 from .mixed import Mixed as Mixed
+from .nd import SimplexWaves as SimplexWaves
 from .spherical import Spherical as Spherical
 from .spherical import SphericalLearned as SphericalLearned
 from .spiral import Spiral as Spiral
