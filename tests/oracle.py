@@ -189,6 +189,29 @@ def liere(at):
     return blocks(at.dim, size, at.pick(along_x), at.pick(along_y), at.x, at.y)
 
 
+@formula('string')
+def string(at):
+    size = at.options['block']
+    count, matrix = at.dim // size, np.eye(at.dim)
+    learned = at.all_learned.reshape(*at.all_learned.shape[:2], -1, count, at.all_learned.shape[-1])
+    for g in range(count):
+        values = [at.pick(table)[g] for table in learned]
+        if at.options['basis'] == 'circulant':  # a circulant matrix multiplies the Fourier transform
+            half, column = values[0] * at.x + values[1] * at.y, np.zeros(size)
+            column[1:len(half) + 1] = half
+            column -= np.roll(column[::-1], 1)
+            turned = np.fft.ifft(np.exp(np.fft.fft(column))).real
+            block = [[turned[(i - j) % size] for j in range(size)] for i in range(size)]
+        else:
+            waves, s = values[0][:size // 2 * 2].reshape(2, -1), np.zeros((size, size))
+            s[np.triu_indices(size, 1)] = values[0][size // 2 * 2:]
+            s -= s.T
+            basis = (np.eye(size) - s) @ np.linalg.inv(np.eye(size) + s)
+            block = basis @ pairs(size, waves[0] * at.x + waves[1] * at.y) @ basis.T
+        matrix[g * size:(g + 1) * size, g * size:(g + 1) * size] = block
+    return matrix
+
+
 def rotations(rope, grid, layer, head):
     """(N, D, D) matrices of an encoding, from its name, options and learned values alone."""
     return rotations_at(rope, [(i, j) for i in range(grid[0]) for j in range(grid[1])], grid, layer, head)

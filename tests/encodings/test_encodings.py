@@ -8,6 +8,8 @@ import torch
 
 import timm_rope
 from timm_rope.encodings import ENCODINGS
+from timm_rope.encodings._frequencies import geometric
+from timm_rope.rotations.exponential import skew
 
 NAMES = timm_rope.list_ropes()
 LEARNED = [name for name, encoding in ENCODINGS.items() if encoding.learned]
@@ -19,6 +21,9 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ('spherical_learned', {'order': 'xy', 'share_heads': True, 'share_layers': True}),
     ('golden', {'coords': 'ends', 'max_freq': 5.}), ('golden', {'p_zero_freqs': 0.25, 'min_freq': 1.}),
     ('nd', {'seed': 7, 'temperature': 20.}), ('nd', {'coords': 'cells'}),
+    ('string', {'basis': 'circulant'}), ('string', {'basis': 'circulant', 'block': 5, 'share_layers': True}),
+    ('string', {'block': 4, 'share_heads': True}), ('string', {'block': 5, 'coords': 'cells'}),
+    ('string', {'block': 64}),
     ('spiral', {'directions': 4, 'scale': 1., 'temperature': 100.}),
     ('liere', {'block': 2}), ('liere', {'block': 3}), ('liere', {'block': 4}), ('liere', {'block': 5}),
     ('liere', {'block': 64}), ('liere', {'share_heads': True, 'coords': 'ends'}),
@@ -192,6 +197,38 @@ def test_nd_prefers_no_direction_and_is_the_same_everywhere():
         other.load_state_dict(rope.state_dict())
 
 
+@pytest.mark.parametrize('head_dim,block', [(64, 16), (80, 16), (24, 12), (60, 12), (72, 12), (31, 16), (6, 6)])
+def test_string_takes_blocks_that_leave_no_rest(head_dim, block):
+    assert make('string', head_dim=head_dim).rotation.size == block
+    assert make('string', {'block': 4}, head_dim=head_dim).options['block'] == 4
+
+
+@pytest.mark.parametrize('options', [{}, {'basis': 'circulant'}, {'block': 7}, {'basis': 'circulant', 'block': 7}])
+def test_generators_of_string_commute_whatever_is_learned(options):
+    rope = make('string', options, head_dim=32, dtype=torch.float64)
+    with torch.no_grad():
+        rope.freqs.normal_()
+    a, b = torch.stack([skew(each, rope.rotation.size) for each in rope.frequencies().detach()])
+    assert (a @ b - b @ a).abs().max() < 1e-12 and a.abs().max() > 0.1
+    assert (matrices(rope, (3, 4)) - torch.eye(32)).abs().max() > 0.1
+    assert max(shift_errors(rope)) < 1e-10
+
+
+def test_string_starts_as_mixed():
+    string, mixed = make('string', dtype=torch.float64), make('mixed', dtype=torch.float64)
+    with torch.no_grad():
+        assert 0.005 < string.freqs[..., 16:].std() < 0.02
+        string.freqs[..., 16:] = 0
+    assert torch.allclose(matrices(string, (4, 3)), matrices(mixed, (4, 3)), atol=1e-12)
+    circulant = make('string', {'basis': 'circulant', 'block': 64}, dtype=torch.float64)
+    fourier = torch.fft.fft(torch.eye(64).double(), norm='ortho')
+    waves = torch.stack([
+        (fourier @ skew(each[0, 0, 0], 64).to(fourier.dtype) @ fourier.mH).diagonal().imag[1:32]
+        for each in circulant.frequencies().detach()])
+    expected = torch.tensor(geometric(16, 10.) + geometric(16, 10.)[:15]).double()
+    assert torch.allclose(waves.norm(dim=0), expected, atol=1e-10), 'all planes of the Fourier transform but two'
+
+
 def test_block_2_is_mixed():
     liere = make('liere', {'block': 2, 'coords': 'index'}, dtype=torch.float64)
     mixed = make('mixed', dtype=torch.float64)
@@ -351,6 +388,10 @@ def test_meta_load_then_non_persistent_buffers(name):
     (lambda: make('nd', head_dim=5), ValueError, "head_dim must be at least 6 for 'nd', got 5"),
     (lambda: make('nd', {'seed': -1}), ValueError, 'seed must be an integer of at least 0, got -1'),
     (lambda: make('nd', {'seed': 2 ** 31}), ValueError, 'seed must be at most 2147483647, got 2147483648'),
+    (lambda: make('string', {'basis': 'fourier'}), ValueError, "basis must be .*'cayley', 'circulant', got 'f"),
+    (lambda: make('string', {'block': 1}), ValueError, 'block must be an integer of at least 2, got 1'),
+    (lambda: make('string', {'block': 2, 'basis': 'circulant'}), ValueError, 'block must be .* at least 3, got 2'),
+    (lambda: make('string', {'block': 65}), ValueError, "head_dim must be at least 65 for 'string', got 64"),
     (lambda: make('golden', {'coords': 'index'}), ValueError, "coords of 'golden'"),
     (lambda: make('golden', {'max_freq': 0.1}), ValueError, 'max_freq must be at least min_freq, got 0.1 and 0.2'),
     (lambda: make('golden', {'min_freq': -1}), ValueError, 'min_freq must be a positive finite number, got -1'),

@@ -112,7 +112,8 @@ def test_logits(source, target, kwargs):
     for size in ((32, 32), (48, 24), (96, 80)):
         assert error(model, converted, *size) < 1e-5
     if model.rope.learned:
-        assert error(model.double(), converted.double(), 48, 40) < 1e-12, 'only rounding differs'
+        model = model.double()
+        assert error(model, convert_encoding(model, target), 48, 40) < 1e-12, 'only rounding differs'
 
 
 def test_a_chain_of_steps_keeps_the_function():
@@ -509,7 +510,7 @@ def test_converted_frequencies_learn(source, target):
     if target == 'mixed' and source in ('axial', 'axial_learned', 'uniform'):
         zero = before == 0
         assert zero.sum() == zero.numel() // 2 and (moved[zero] > 0).all(), 'the components across the axes learn too'
-    if target == 'liere' and source != 'liere':
+    if target == 'liere' and (before == 0).any():
         assert (moved[before == 0] > 0).float().mean() > 0.5, 'and the generators beyond the pairs'
 
 

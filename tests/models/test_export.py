@@ -6,11 +6,13 @@ import torch
 from tiny import make
 
 CASES = [('vit_tiny_rope_mixed_ape', {}), ('vit_tiny_rope_axial', {}), ('vit_tiny_rope_spherical_learned', {}),
-         ('vit_tiny_rope_liere', {'rope_block': 3}), ('vit_tiny_rope_liere', {})]
+         ('vit_tiny_rope_liere', {'rope_block': 3}), ('vit_tiny_rope_liere', {}), ('vit_tiny_rope_golden', {}),
+         ('vit_tiny_rope_string', {}), ('vit_tiny_rope_string', {'rope_basis': 'circulant'})]
 
 
 @pytest.mark.parametrize('name,options,dynamo', [
-    *[(name, options, False) for name, options in CASES], ('vit_tiny_rope_liere', {}, True)])
+    *[(name, options, False) for name, options in CASES],
+    ('vit_tiny_rope_liere', {}, True), ('vit_tiny_rope_string', {}, True)])
 @pytest.mark.filterwarnings('ignore')
 def test_onnx(name, options, dynamo, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed (extra dev)')

@@ -12,4 +12,5 @@ from .nd import SimplexWaves as SimplexWaves
 from .spherical import Spherical as Spherical
 from .spherical import SphericalLearned as SphericalLearned
 from .spiral import Spiral as Spiral
+from .string import String as String
 from .uniform import Uniform as Uniform

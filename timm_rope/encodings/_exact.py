@@ -60,6 +60,10 @@ def _freqs(source: RotaryEncoding, target: RotaryEncoding) -> Tensor:
     """Value of the target's `freqs` that gives the function of the source."""
     scale = _scale(source, target)
     try:
+        if type(source) is type(target) and source._signature == target._signature:
+            # the same function of the same numbers
+            values = source.freqs.cpu().unflatten(2, [_heads(source), -1])
+            return _shared(values, target).flatten(2, 3)
         if _form(source.rotation) == _form(target.rotation):
             return target.freqs_for(_shared(source.frequencies().cpu() * scale, target))
         return freqs_for_wave_vectors(target, _shared(wave_vectors(source).cpu() * scale, target))
@@ -67,6 +71,11 @@ def _freqs(source: RotaryEncoding, target: RotaryEncoding) -> Tensor:
         raise
     except ValueError as error:
         raise _NoExactForm(error) from None
+
+
+def _heads(rope: RotaryEncoding) -> int:
+    """For how many heads an encoding that learns keeps frequencies, all on axis 2."""
+    return 1 if rope.options['share_heads'] else rope.num_heads
 
 
 def _form(rotation: Rotation) -> Any:

@@ -51,7 +51,6 @@ def split(values: Any) -> Tensor:
     return torch.cat((exact.float().double(), exact - exact.float().double()))
 
 
-@torch.fx.wrap
 def joined(freqs: Tensor) -> Tensor:
     """The frequencies (2, ...) that `split` made (4, ...) of, in the widest dtype there is."""
     return widest(freqs[:2]) + widest(freqs[2:])

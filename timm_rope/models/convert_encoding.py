@@ -1,6 +1,7 @@
 """Exact changes of encoding: some encodings are special cases of others, with the same function of every image.
 
-    uniform, axial -> axial_learned -> mixed -> liere,   spiral -> mixed,   spherical -> spherical_learned
+    uniform, axial -> axial_learned -> mixed -> string -> liere,   spiral, golden, nd -> mixed,
+    spherical -> spherical_learned
 
 Only the encoding changes, no other weight: channel pairs stay where they are. Prefix tokens do not turn, so the origin
 of the coordinates is part of the function, even where the score of two patches does not see it.
