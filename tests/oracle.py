@@ -1,5 +1,6 @@
 """Rotation matrices from the formulas, position by position, in float64 NumPy. Shares no code with the package."""
 import math
+import random
 
 import numpy as np
 
@@ -107,12 +108,14 @@ def spiral_angles(dim, options, grid, row, column):
 # -- one function for each encoding: (D, D), the matrix of a head at one position
 
 FORMULAS = {}
+FRAMES = {}  # length of the reference image in normalised coordinates, and whether their origin is in its middle
 
 
-def formula(*names):
+def formula(*names, span=2 * math.pi, centered=True):
     """Register the formula of encodings, called with a `Place`."""
     def register(function):
         FORMULAS.update(dict.fromkeys(names, function))
+        FRAMES.update(dict.fromkeys(names, (span, centered)))
         return function
 
     return register
@@ -174,7 +177,32 @@ def spiral(at):
     return pairs(at.dim, spiral_angles(at.dim, at.options, at.grid, at.y, at.x))
 
 
-@formula('liere')
+@formula('golden', span=2.)
+def golden(at):
+    pairs_of_head, options = at.dim // 2, at.options
+    zeros = round(pairs_of_head * options['p_zero_freqs'])
+    turning = np.geomspace(options['min_freq'], options['max_freq'], pairs_of_head - zeros)
+    golden_ratio = (1 + math.sqrt(5)) / 2
+    angles = []
+    for i, w in enumerate([0.] * zeros + turning.tolist()):
+        phi = (at.head * pairs_of_head + i) * math.pi / golden_ratio
+        angles.append(w * (at.x * math.cos(phi) + at.y * math.sin(phi)))
+    return pairs(at.dim, angles)
+
+
+@formula('nd')
+def nd(at):
+    scales, angles = at.dim // 6, []
+    draw = random.Random(at.options['seed'])
+    turn_of_head = [draw.uniform(0, 360) for _ in range(at.head + 1)][-1]
+    for w in at.series(scales):
+        for corner in (0, 120, 240):
+            phi = math.radians(turn_of_head + corner)
+            angles.append(w * at.x * math.cos(phi) + w * at.y * math.sin(phi))
+    return pairs(at.dim, angles)
+
+
+@formula('liere', span=1., centered=False)
 def liere(at):
     size = at.options['block']
     count = at.dim // size
@@ -182,7 +210,7 @@ def liere(at):
     return blocks(at.dim, size, at.pick(along_x), at.pick(along_y), at.x, at.y)
 
 
-@formula('comrope')
+@formula('comrope', span=1., centered=False)
 def comrope(at):
     size, one_axis = at.options['block'], at.options['variant'] == 'ap'
     count, entries = at.dim // size, size * (size - 1) // 2
@@ -213,6 +241,29 @@ def quatro(at):
     return triplets_of_space(at.dim, turns)
 
 
+@formula('string')
+def string(at):
+    size = at.options['block']
+    count, matrix = at.dim // size, np.eye(at.dim)
+    learned = at.all_learned.reshape(*at.all_learned.shape[:2], -1, count, at.all_learned.shape[-1])
+    for g in range(count):
+        values = [at.pick(table)[g] for table in learned]
+        if at.options['basis'] == 'circulant':  # a circulant matrix multiplies the Fourier transform
+            half, column = values[0] * at.x + values[1] * at.y, np.zeros(size)
+            column[1:len(half) + 1] = half
+            column -= np.roll(column[::-1], 1)
+            turned = np.fft.ifft(np.exp(np.fft.fft(column))).real
+            block = [[turned[(i - j) % size] for j in range(size)] for i in range(size)]
+        else:
+            waves, s = values[0][:size // 2 * 2].reshape(2, -1), np.zeros((size, size))
+            s[np.triu_indices(size, 1)] = values[0][size // 2 * 2:]
+            s -= s.T
+            basis = (np.eye(size) - s) @ np.linalg.inv(np.eye(size) + s)
+            block = basis @ pairs(size, waves[0] * at.x + waves[1] * at.y) @ basis.T
+        matrix[g * size:(g + 1) * size, g * size:(g + 1) * size] = block
+    return matrix
+
+
 def rotations(rope, grid, layer, head):
     """(N, D, D) matrices of an encoding, from its name, options and learned values alone."""
     return rotations_at(rope, [(i, j) for i in range(grid[0]) for j in range(grid[1])], grid, layer, head)
@@ -222,7 +273,7 @@ def rotations_at(rope, points, grid, layer, head):
     """The same at points (row, column) in units of patches of a grid."""
     if rope.name not in FORMULAS:
         raise NotImplementedError(f'write the formula of {rope.name!r} in tests/oracle.py, under @formula')
-    span, centered = (1.0, False) if rope.name in ('liere', 'comrope') else (2 * math.pi, True)
+    span, centered = FRAMES[rope.name]
     reference = rope.reference_grid.tolist()
     at = Place(rope, grid, layer, head)
     out = []

@@ -37,3 +37,10 @@ def check_group(head_dim: Any, size: int, encoding: str) -> int:
     if check_integer(head_dim, 'head_dim') < size:
         raise ValueError(f'head_dim must be at least {size} for {encoding!r}, got {head_dim}.')
     return head_dim // size
+
+
+def check_share(value: Any, name: str) -> float:
+    """A number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise ValueError(f'{name} must be a number from 0 to 1, got {value!r}.')
+    return float(value)

@@ -8,6 +8,8 @@ import torch
 
 import timm_rope
 from timm_rope.encodings import ENCODINGS
+from timm_rope.encodings._frequencies import geometric
+from timm_rope.rotations.exponential import skew
 
 NAMES = timm_rope.list_ropes()
 LEARNED = [name for name, encoding in ENCODINGS.items() if encoding.learned]
@@ -17,6 +19,11 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ('uniform', {'coords': 'ends'}),
     ('spherical', {'order': 'xy'}), ('spherical', {'temperature': 1e4, 'coords': 'ends'}),
     ('spherical_learned', {'order': 'xy', 'share_heads': True, 'share_layers': True}),
+    ('golden', {'coords': 'ends', 'max_freq': 5.}), ('golden', {'p_zero_freqs': 0.25, 'min_freq': 1.}),
+    ('nd', {'seed': 7, 'temperature': 20.}), ('nd', {'coords': 'cells'}),
+    ('string', {'basis': 'circulant'}), ('string', {'basis': 'circulant', 'block': 5, 'share_layers': True}),
+    ('string', {'block': 4, 'share_heads': True}), ('string', {'block': 5, 'coords': 'cells'}),
+    ('string', {'block': 64}),
     ('spiral', {'directions': 4, 'scale': 1., 'temperature': 100.}),
     ('liere', {'block': 2}), ('liere', {'block': 3}), ('liere', {'block': 4}), ('liere', {'block': 5}),
     ('liere', {'block': 64}), ('liere', {'share_heads': True, 'coords': 'ends'}),
@@ -157,6 +164,73 @@ def test_mixed_starts_as_a_turned_axial_basis():
 def test_axial_learned_starts_as_axial_and_spherical_learned_as_spherical():
     for fixed, learned in (('axial', 'axial_learned'), ('spherical', 'spherical_learned')):
         assert torch.allclose(make(fixed)((4, 5))[1].expand(2, -1, -1), make(learned)((4, 5))[1], atol=1e-7)
+
+
+def test_golden_never_repeats_a_direction_and_leaves_the_share_of_zeros_alone():
+    rope = make('golden', {'p_zero_freqs': 0.25}, num_heads=6)
+    x, y = rope.frequencies()[:, 0]
+    assert rope.freqs.shape == (4, 1, 6, 32) and x.shape == (6, 32) and rope([2, 3])[0].shape == (6, 6, 64)
+    length = torch.hypot(x, y)
+    assert not length[:, :8].any() and torch.allclose(length[:, [8, 31]], torch.tensor([[0.2, 20.]]).double())
+    ratio = length[:, 9:] / length[:, 8:-1]
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio)), 'a geometric series'
+    direction = torch.remainder(torch.atan2(y, x)[:, 8:].flatten() / math.pi, 1).sort().values
+    gaps = torch.cat((direction, direction[:1] + 1)).diff()
+    assert gaps.min() > 0.2 / len(gaps) and gaps.max() < 4 / len(gaps), 'spread over the half circle'
+
+
+def test_nd_prefers_no_direction_and_is_the_same_everywhere():
+    rope = make('nd', num_heads=6)
+    waves = rope.frequencies()[:, 0].unflatten(-1, (10, 3))  # (2, heads, scales, corners)
+    assert waves.sum(-1).abs().max() < 1e-14, 'a triangle about the origin'
+    angle = torch.arange(36).double()
+    along = torch.einsum('ahsc,ad->hscd', waves, torch.stack((angle.cos(), angle.sin())))
+    scale = torch.tensor([100 ** (-s / 10) for s in range(10)]).double()[:, None]
+    for order, mean in ((2, 1 / 2), (4, 3 / 8)):  # of cos^2 and cos^4
+        assert torch.allclose(along.pow(order).mean(2), (mean * scale ** order).expand(6, -1, 36), rtol=1e-7)
+    turns = torch.atan2(waves[1, :, 0, 0], waves[0, :, 0, 0])
+    assert turns.unique().numel() == 6
+    torch.manual_seed(5)
+    again = timm_rope.create_rope('nd', 64, 6, 2)
+    assert torch.equal(again.freqs, rope.freqs), 'not drawn by the generator of torch'
+    assert [round(t, 6) for t in (turns % (2 * math.pi)).tolist()] == [  # of every Python on every machine
+        5.305659, 4.762368, 2.642529, 1.626822, 3.212434, 2.544276]
+    other = make('nd', {'seed': 1}, num_heads=6)
+    assert not torch.equal(other.freqs, rope.freqs)
+    with pytest.raises(RuntimeError, match='seed is 0 there and 1 here'):
+        other.load_state_dict(rope.state_dict())
+
+
+@pytest.mark.parametrize('head_dim,block', [(64, 16), (80, 16), (24, 12), (60, 12), (72, 12), (31, 16), (6, 6)])
+def test_string_takes_blocks_that_leave_no_rest(head_dim, block):
+    assert make('string', head_dim=head_dim).rotation.size == block
+    assert make('string', {'block': 4}, head_dim=head_dim).options['block'] == 4
+
+
+@pytest.mark.parametrize('options', [{}, {'basis': 'circulant'}, {'block': 7}, {'basis': 'circulant', 'block': 7}])
+def test_generators_of_string_commute_whatever_is_learned(options):
+    rope = make('string', options, head_dim=32, dtype=torch.float64)
+    with torch.no_grad():
+        rope.freqs.normal_()
+    a, b = torch.stack([skew(each, rope.rotation.size) for each in rope.frequencies().detach()])
+    assert (a @ b - b @ a).abs().max() < 1e-12 and a.abs().max() > 0.1
+    assert (matrices(rope, (3, 4)) - torch.eye(32)).abs().max() > 0.1
+    assert max(shift_errors(rope)) < 1e-10
+
+
+def test_string_starts_as_mixed():
+    string, mixed = make('string', dtype=torch.float64), make('mixed', dtype=torch.float64)
+    with torch.no_grad():
+        assert 0.005 < string.freqs[..., 16:].std() < 0.02
+        string.freqs[..., 16:] = 0
+    assert torch.allclose(matrices(string, (4, 3)), matrices(mixed, (4, 3)), atol=1e-12)
+    circulant = make('string', {'basis': 'circulant', 'block': 64}, dtype=torch.float64)
+    fourier = torch.fft.fft(torch.eye(64).double(), norm='ortho')
+    waves = torch.stack([
+        (fourier @ skew(each[0, 0, 0], 64).to(fourier.dtype) @ fourier.mH).diagonal().imag[1:32]
+        for each in circulant.frequencies().detach()])
+    expected = torch.tensor(geometric(16, 10.) + geometric(16, 10.)[:15]).double()
+    assert torch.allclose(waves.norm(dim=0), expected, atol=1e-10), 'all planes of the Fourier transform but two'
 
 
 def test_block_2_is_mixed():
@@ -409,6 +483,18 @@ def test_meta_load_then_non_persistent_buffers(name):
     (lambda: make('axial', {'temperature': math.nan}), ValueError, 'temperature.*nan'),
     (lambda: make('axial', {'coords': 'pixels'}), ValueError, "coords of 'axial' must be one of.*'pixels'"),
     (lambda: make('uniform', {'coords': 'index'}), ValueError, "coords of 'uniform'"),
+    (lambda: make('nd', head_dim=5), ValueError, "head_dim must be at least 6 for 'nd', got 5"),
+    (lambda: make('nd', {'seed': -1}), ValueError, 'seed must be an integer of at least 0, got -1'),
+    (lambda: make('nd', {'seed': 2 ** 31}), ValueError, 'seed must be at most 2147483647, got 2147483648'),
+    (lambda: make('string', {'basis': 'fourier'}), ValueError, "basis must be .*'cayley', 'circulant', got 'f"),
+    (lambda: make('string', {'block': 1}), ValueError, 'block must be an integer of at least 2, got 1'),
+    (lambda: make('string', {'block': 2, 'basis': 'circulant'}), ValueError, 'block must be .* at least 3, got 2'),
+    (lambda: make('string', {'block': 65}), ValueError, "head_dim must be at least 65 for 'string', got 64"),
+    (lambda: make('golden', {'coords': 'index'}), ValueError, "coords of 'golden'"),
+    (lambda: make('golden', {'max_freq': 0.1}), ValueError, 'max_freq must be at least min_freq, got 0.1 and 0.2'),
+    (lambda: make('golden', {'min_freq': -1}), ValueError, 'min_freq must be a positive finite number, got -1'),
+    (lambda: make('golden', {'p_zero_freqs': 1.5}), ValueError, 'p_zero_freqs must be a number from 0 to 1, got 1.5'),
+    (lambda: make('golden', {'p_zero_freqs': True}), ValueError, 'p_zero_freqs must be a number from 0 to 1'),
     (lambda: make('mixed', {'share_heads': 'yes'}), ValueError, "share_heads must be True or False, got 'yes'"),
     (lambda: make('axial', reference_grid=(14,)), ValueError, r'reference_grid must be two positive integers.*\(14,\)'),
     (lambda: make('axial', reference_grid=(0, 14)), ValueError, r'reference_grid.*\(0, 14\)'),

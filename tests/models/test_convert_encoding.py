@@ -122,7 +122,8 @@ def test_logits(source, target, kwargs):
         assert error(model, converted, *size) < 1e-5
     if model.rope.learned:
         exact = 1e-12 if source != 'comrope' else 1e-6  # its products were rounded to float32
-        assert error(model.double(), converted.double(), 48, 40) < exact, 'only rounding differs'
+        model = model.double()
+        assert error(model, convert_encoding(model, target), 48, 40) < exact, 'only rounding differs'
 
 
 def test_a_chain_of_steps_keeps_the_function():
@@ -526,7 +527,7 @@ def test_converted_frequencies_learn(source, target):
     if target == 'mixed' and source in ('axial', 'axial_learned', 'uniform'):
         zero = before == 0
         assert zero.sum() == zero.numel() // 2 and (moved[zero] > 0).all(), 'the components across the axes learn too'
-    if target == 'liere' and source not in ('liere', 'comrope'):
+    if target == 'liere' and (before == 0).any():
         assert (moved[before == 0] > 0).float().mean() > 0.5, 'and the generators beyond the pairs'
 
 

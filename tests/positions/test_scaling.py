@@ -63,14 +63,15 @@ def scaled(rule, wx, wy, s, side, apart):
 @pytest.mark.parametrize('name', BY_FREQUENCY)
 @pytest.mark.parametrize('coords', ['index', 'cells'])
 def test_frequencies_follow_the_formula(name, rule, coords):
-    if name == 'spiral' and coords != 'index':
-        pytest.skip('spiral has index coordinates only')
+    if coords not in ENCODINGS[name].coords_choices:
+        pytest.skip(f'{name} has no {coords} coordinates')
     grid, reference, dim = (9, 12), (6, 4), 24
     encoding = rope(name, reference, dim, coords=coords, scaling=rule, dtype=torch.float64)
     assert encoding.scaling == rule
-    side = (reference[1], reference[0]) if coords == 'index' else (2 * math.pi, 2 * math.pi)
-    ys = oracle.coordinates(grid[0], reference[0], coords, 2 * math.pi, True)
-    xs = oracle.coordinates(grid[1], reference[1], coords, 2 * math.pi, True)
+    frame = oracle.FRAMES[name]
+    side = (reference[1], reference[0]) if coords == 'index' else frame[:1] * 2
+    ys = oracle.coordinates(grid[0], reference[0], coords, *frame)
+    xs = oracle.coordinates(grid[1], reference[1], coords, *frame)
     triplets = name.startswith('spherical')
     vector = np.linspace(-1, 1, dim)
     for layer in range(2):
@@ -107,7 +108,7 @@ def test_an_axis_that_has_not_grown_keeps_its_angles(name, rule):
     assert torch.equal(plain[..., columns], other[..., columns]) == (rule == 'extrapolate')
 
 
-@pytest.mark.parametrize('name', [n for n in NAMES if n != 'spiral'])
+@pytest.mark.parametrize('name', [n for n in NAMES if 'cells' in ENCODINGS[n].coords_choices])
 @pytest.mark.parametrize('coords', ['cells', 'ends'])
 def test_interpolation_is_training_on_the_larger_grid(name, coords):
     # normalised coordinates: a finer grid over the same image

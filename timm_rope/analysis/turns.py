@@ -104,8 +104,8 @@ def generators(turn: Turn) -> Tensor:
     rows, columns = [max(2, round(side)) for side in rope.reference_grid.tolist()]
     y, x = grid_axes(rows, columns, rope.reference_grid, rope.freqs, rope.coords, rope.span, rope.centered)
     freqs = rope.frequencies()
-    # the slope at the origin, from four points: exact to 1e-9 of the largest frequency for steps this small
-    h, origin = 1e-3, x.new_zeros(1)
+    # the slope at the origin, from four points: exact to 1e-9 for waves of up to 40 rad a patch
+    h, origin = 1e-4, x.new_zeros(1)
     places = x.new_tensor([1., -1., 2., -2.]) * h
     slopes = []
     for along_x, along_y in (((x[1] - x[0]) * places, origin), (origin, (y[1] - y[0]) * places)):

@@ -7,10 +7,13 @@ from .axial import Axial as Axial
 from .axial import AxialLearned as AxialLearned
 from .comrope import ComRoPE as ComRoPE
 from .geope import GeoPE as GeoPE
+from .golden import Golden as Golden
 from .liere import LieRE as LieRE
 from .mixed import Mixed as Mixed
+from .nd import SimplexWaves as SimplexWaves
 from .quatro import QuatRo as QuatRo
 from .spherical import Spherical as Spherical
 from .spherical import SphericalLearned as SphericalLearned
 from .spiral import Spiral as Spiral
+from .string import String as String
 from .uniform import Uniform as Uniform

@@ -80,6 +80,10 @@ def _freqs(
     # scores of pairs that turn by wave vectors depend on differences of positions alone
     scale, basis = _scale(source, target, prefix or type(target.rotation) is not PairRotation), None
     try:
+        if type(source) is type(target) and source._signature == target._signature:
+            # the same function of the same numbers
+            values = source.freqs.cpu().unflatten(2, [_heads(source), -1])
+            return _shared(values, target).flatten(2, 3), None
         if _form(source.rotation) == _form(target.rotation):
             return target.freqs_for(_shared(_in_units(source.frequencies(), scale), target)), None
         if isinstance(source.rotation, TripletRotation) and isinstance(target.rotation, AxesRotation):
@@ -109,6 +113,11 @@ def _axes(freqs: Tensor, source: TripletRotation, target: AxesRotation) -> Tenso
     yaw, roll = freqs
     zero = torch.zeros_like(yaw)
     return torch.stack((torch.stack((zero, zero, yaw), -1), torch.stack((roll, zero, zero), -1)))
+
+
+def _heads(rope: RotaryEncoding) -> int:
+    """For how many heads an encoding that learns keeps frequencies, all on axis 2."""
+    return 1 if rope.options['share_heads'] else rope.num_heads
 
 
 def _form(rotation: Rotation) -> Any:

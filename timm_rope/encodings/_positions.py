@@ -99,7 +99,8 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
                 self._shift, self._jitter, self._rescale)
             y, x = moved[0], moved[1]
         # R(0) is the identity in every encoding: a prefix token sits at the origin
-        origin, dtype = torch.zeros_like(y[:1]), self.freqs.dtype
+        origin = torch.zeros_like(y[:1])
+        dtype = self.freqs.dtype  # frequencies may be wider
         return self.rotation.table(freqs, origin, origin).to(dtype), self.rotation.table(freqs, y, x).to(dtype)
 
 

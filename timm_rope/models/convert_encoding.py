@@ -1,7 +1,7 @@
 """Exact changes of encoding: some encodings are special cases of others, with the same function of every image.
 
-    uniform, axial -> axial_learned -> mixed -> liere,   spiral -> mixed,   spherical -> spherical_learned -> quatro,
-    comrope -> liere
+    uniform, axial -> axial_learned -> mixed -> string -> liere,   spiral, golden, nd -> mixed,
+    spherical -> spherical_learned -> quatro,   comrope -> liere
 
 Only the encoding changes, no other weight: channel pairs stay where they are. The exception is LieRE with generators
 that commute, which is mixed in another basis of the channels (arXiv 2511.08368, theorem 3, and theorem 1 where one axis

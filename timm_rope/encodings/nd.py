@@ -1,0 +1,68 @@
+"""nD: fixed wave vectors in threes, 120 degrees apart, turned at random in every head."""
+import math
+import random
+from typing import Any, Dict, Tuple
+
+from torch import Tensor
+
+from .._checks import check_group, check_integer
+from ..rotations import PairRotation
+from ._base import RotaryEncoding
+from ._frequencies import geometric, joined, split
+
+LARGEST_SEED = 2 ** 31 - 1
+
+
+class SimplexWaves(RotaryEncoding, name='nd'):
+    """nD-RoPE (arXiv 2606.12146) in two dimensions: the waves of each scale point to the corners of a regular triangle.
+
+    Pair 3 s + j, j = 0, 1, 2, of head h turns by a = w_s (x cos phi + y sin phi) with
+
+        w_s = temperature^(-s / S), S = head_dim // 6       radians per unit of coordinate
+        phi = turn_h + 2 pi j / 3                           one random turn of each head, for all its scales
+
+    Three such waves and their opposites form a hexagon: seen from the middle all directions are alike to the fourth
+    order, with the crosses that `mixed` begins with to the second. All is fixed, and the same in all layers. Exactly
+    relative. Larger grids extrapolate to higher indices. head_dim must be at least 6, channels beyond its last multiple
+    pass unrotated: 4 of 64 (the paper made its ViT-S 396 wide, with heads of 66).
+
+    The turns are drawn by Python's generator from `seed`, so that a model is the same everywhere, whatever torch's own
+    seed. The seed is saved with the weights, in the signature, and weights of another one are refused.
+
+    `freqs`: (4, 1, heads, 3 S), x and y rounded to float32, then what rounding left of them.
+
+    Args:
+        temperature: Ratio of the highest to the lowest frequency.
+        seed: Of the turns of the heads, from 0 to 2^31 - 1.
+        coords: 'index' as published; 'cells' or 'ends' are normalised to the reference grid.
+    """
+    summary = 'Fixed waves in threes, 120 degrees apart; in its paper far ahead of mixed on turned images.'
+    source = 'arXiv 2606.12146'
+    oblique = True
+    defaults = dict(temperature=100., seed=0, coords='index')
+
+    def _checked(self, options: Dict[str, Any]) -> Dict[str, Any]:
+        options = super()._checked(options)
+        options['seed'] = check_integer(options['seed'], 'seed', 0)
+        if options['seed'] > LARGEST_SEED:
+            raise ValueError(f'seed must be at most {LARGEST_SEED}, got {options["seed"]}.')
+        return options
+
+    def make_rotation(self) -> PairRotation:
+        return PairRotation(self.head_dim, 3 * check_group(self.head_dim, 6, self.name))
+
+    def freqs_shape(self, layers: int, heads: int) -> Tuple[int, ...]:
+        return 4, 1, self.num_heads, self.rotation.groups
+
+    def initial_freqs(self) -> Tensor:
+        draw = random.Random(self.options['seed'])
+        lengths = geometric(self.rotation.groups // 3, self.options['temperature'])
+        turns = [2 * math.pi * draw.random() for _ in range(self.num_heads)]
+        waves = [(w, turn + 2 * math.pi * j / 3) for turn in turns for w in lengths for j in range(3)]
+        return split([[w * math.cos(phi) for w, phi in waves], [w * math.sin(phi) for w, phi in waves]])
+
+    def frequencies(self) -> Tensor:
+        return joined(self.freqs)
+
+    def freqs_for(self, frequencies: Tensor) -> Tensor:
+        return split(frequencies)
