@@ -6,10 +6,10 @@ import torch
 from backbones import assert_learns, build, image
 from torch import nn
 
-modules = pytest.importorskip('lightly.models.modules')
+pytest.importorskip('lightly')
 from lightly import loss
 from lightly.models import utils
-from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerTIMM
+from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerDecoderTIMM, MaskedVisionTransformerTIMM
 
 APE = dict(pos_embed='learn')
 
@@ -113,7 +113,7 @@ def test_a_step_of_ibot():
 def test_a_step_of_mae(options):
     encoder, x = masked(Rotary, **options).train(), image(48, 48)
     keep, mask = utils.random_token_mask((2, 37), mask_ratio=0.75)
-    decoder = modules.MaskedVisionTransformerDecoderTIMM(36, 24, 1, 2)
+    decoder = MaskedVisionTransformerDecoderTIMM(36, 24, 1, 2)
     known = encoder.encode(x, idx_keep=keep)
     tokens = utils.set_at_index(utils.repeat_token(decoder.mask_token, (2, 37)), keep, known)
     predicted = nn.Linear(24, 192)(utils.get_at_index(decoder(tokens), mask))
