@@ -5,6 +5,7 @@ from backbones import FAMILIES, frequencies, image
 from torch import nn
 
 pytest.importorskip('fastai')
+from fastai.callback import progress  # noqa: F401 (gives a learner `no_bar`)
 from fastai.data.core import DataLoaders
 from fastai.vision.learner import vision_learner
 

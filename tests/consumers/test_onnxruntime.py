@@ -5,9 +5,10 @@ import torch
 from backbones import build, image
 from timm.utils.onnx import onnx_export
 
-onnxruntime = pytest.importorskip('onnxruntime')
-for name in ('onnx', 'onnxscript'):
-    pytest.importorskip(name)
+pytest.importorskip('onnxruntime')
+pytest.importorskip('onnx')
+pytest.importorskip('onnxscript')
+import onnxruntime
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 
