@@ -52,6 +52,16 @@ def test_without_a_mask_it_is_the_model(cls, options, size):
 
 
 @torch.no_grad()
+def test_its_own_initialisation_keeps_the_frequencies():
+    model, source = MaskedVisionTransformerTIMM(build('vit', **APE, no_embed_class=False)), build('vit', **APE)
+    assert torch.equal(model.vit.rope.freqs, source.rope.freqs) and not model.vit.pos_embed.requires_grad
+    x = image(32, 32)
+    assert torch.allclose(model(x), model.vit.forward_features(x)[:, 0], atol=1e-5)
+    with pytest.raises(RuntimeError, match='must match'):  # as in timm's deit3, which has no_embed_class too
+        MaskedVisionTransformerTIMM(build('vit', **APE))
+
+
+@torch.no_grad()
 def test_crops_of_several_sizes_in_turn():
     model, crops = masked(**APE), [image(size, size) for size in (48, 16, 32, 48)]
     expected = [model.vit.forward_features(x) for x in crops]
