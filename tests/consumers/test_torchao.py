@@ -36,3 +36,29 @@ def test_quantised(family, kind):
     quantize_(loaded, config)
     loaded.load_state_dict(model.state_dict(), assign=True)
     assert torch.equal(loaded(x), a)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled():
+    torch._dynamo.reset()
+    model = build('vit', num_classes=3)
+    quantize_(model, Int8WeightOnlyConfig())
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True, dynamic=True)
+    for size in ((32, 48), (64, 64)):
+        assert torch.allclose(compiled(image(*size)), model(image(*size)), atol=1e-5)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_lora_on_rounded_weights(family):
+    peft = pytest.importorskip('peft')
+    base, x = build(family, num_classes=3), image(64, 96)
+    quantize_(base, Int8WeightOnlyConfig())
+    with torch.no_grad():
+        expected = base(x)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=['qkv', 'proj']))
+    out = model(x)
+    assert torch.allclose(out, expected, atol=1e-4)
+    out.square().sum().backward()
+    grads = [p.grad for name, p in model.named_parameters() if 'lora_B' in name]
+    assert grads and all(float(grad.abs().max()) > 0 for grad in grads)

@@ -17,6 +17,8 @@ from transformers import (
     TimmWrapperForImageClassification,
     Trainer,
     TrainingArguments,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
 )
 
 SIZES = {'vit': [(32, 32), (48, 24)], 'swin': [(64, 64), (96, 160)]}
@@ -120,3 +122,15 @@ def test_two_steps_of_trainer(family, checkpointing, tmp_path):
 def test_the_loss_reaches_the_frequencies():
     model = wrapped('vit').train()
     assert_learns(model, model(image(32, 48), labels=torch.tensor([0, 2])).loss)
+
+
+def test_upernet_on_a_vit_takes_images_of_any_size():
+    # on timm's own ViT: "Input height doesn't match model"; on any Swin: channels last
+    backbone = TimmBackboneConfig(
+        backbone=FAMILIES['vit'][0], use_pretrained_backbone=False, out_indices=[2, 5, 8, 11])
+    torch.manual_seed(0)
+    model = loud(UperNetForSemanticSegmentation(UperNetConfig(
+        backbone_config=backbone, hidden_size=16, auxiliary_in_channels=192, auxiliary_channels=8, num_labels=3)))
+    for size in ((64, 64), (64, 96)):
+        assert_learns(model.train(), model(image(*size), labels=torch.randint(3, (2, *size))).loss)
+        assert model.eval()(image(*size)).logits.shape == (2, 3, *size)
