@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from timm.models import checkpoint_seq
 from tiny import make
 
 NAMES = ['vit_tiny_rope_spherical', 'vit_tiny_rope_mixed_ape', 'vit_tiny_rope_liere', 'vit_tiny_ape']
@@ -70,3 +71,30 @@ def test_a_copy_has_blocks_of_its_own(copied):
     assert torch.equal(finish(other, other.blocks(tokens_of(other, x))), other(x))
     block = copy.deepcopy(model.blocks[0])
     assert block.attn.positions.model is model
+
+
+@pytest.mark.parametrize('size', [(48, 48), (24, 40)])
+def test_the_grid_of_the_image_that_was_embedded_last(size):
+    model, x = make('vit_tiny_rope_spherical'), torch.randn(1, 3, *size)
+    model(torch.randn(1, 3, *size[::-1]))
+    assert torch.equal(finish(model, model.blocks(tokens_of(model, x))), make('vit_tiny_rope_spherical')(x))
+
+
+def test_kept_patches_are_not_taken_for_a_smaller_image():
+    model = make('vit_tiny_rope_spherical')
+    model(torch.randn(1, 3, 32, 32))
+    tokens = tokens_of(model, torch.randn(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r'1 \+ 8 x 8, got 17.*rope_payloads'):
+        model.blocks(tokens[:, :17])
+
+
+def test_blocks_of_large_crops_are_run_again_after_small_ones():
+    torch.manual_seed(0)
+    gradients, crops = [], [torch.randn(2, 3, size, size) for size in (48, 16)]
+    for run in (lambda model, t: model.blocks(t), lambda model, t: checkpoint_seq(model.blocks, t), None):
+        model = make('vit_tiny_rope_mixed').train()
+        outs = [model(x) if run is None else finish(model, run(model, tokens_of(model, x))) for x in crops]
+        sum(out.square().sum() for out in outs).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for other in gradients[:-1]:
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(other, gradients[-1]))

@@ -1,7 +1,7 @@
 """Blocks that somebody else runs: `model.blocks(tokens)`, as masked autoencoders, distillation and visualisation do.
 
-A block turns queries and keys by a payload, which the model gives it. Called without one, it takes that of the grid of
-the model if its tokens are all the tokens of such a grid; anything else is an error that says how to give positions.
+A block turns queries and keys by a payload, which the model gives it. Called without one, it takes that of the image
+that was embedded last if its tokens are all tokens of that image; else an error says how to give positions.
 `rope_payloads` gives them for some of the patches, `model.rope.at` for points anywhere.
 """
 from typing import Any, Dict, List, Optional, Tuple
@@ -25,20 +25,26 @@ class BlockPositions:
         return BlockPositions(memo.get(id(self.model), self.model), self.index)
 
     def payload(self, tokens: int) -> Tensor:
-        """Payload of all tokens of the grid the model saw last, or else of its nominal grid.
+        """Payload of all tokens of the image that was embedded last, or before the first one of the nominal grid.
+
+        More tokens are those of an earlier image, whose blocks run once more (gradient checkpointing).
 
         Raises:
-            ValueError: Neither has so many tokens; says how to give their positions.
+            ValueError: Fewer tokens, or a number that fits no such grid; says how to give their positions.
         """
         rope, prefix = self.model.rope, self.model.num_prefix_tokens
-        nominal = tuple(self.model.patch_embed.grid_size)
-        for rows, columns in (getattr(rope, 'last_grid', None) or nominal, nominal):
+        nominal, seen = tuple(self.model.patch_embed.grid_size), getattr(self.model.patch_embed, 'seen', {})
+        last = next(reversed(seen.values()), None) or getattr(rope, 'last_grid', None) or nominal
+        grids = [last, nominal]
+        if seen:  # some patches of a larger image may be as many as those of a smaller one: they are no grid
+            grids = [last if tokens - prefix <= last[0] * last[1] else seen.get(tokens - prefix, nominal)]
+        for rows, columns in grids:
             if prefix + rows * columns == tokens:
                 payload: Tensor = rope((rows, columns), prefix)[self.index]
                 return payload
         raise ValueError(
             f'A block that is called without a payload takes all tokens of the grid of its model, {prefix} + '
-            f'{nominal[0]} x {nominal[1]}, got {tokens}. Give their positions: '
+            f'{last[0]} x {last[1]}, got {tokens}. Give their positions: '
             f'block(x, payload=model.rope((rows, columns), {prefix})[{self.index}]), and where patches were dropped '
             f'model.rope_payloads((rows, columns), keep=...)[{self.index}].')
 

@@ -1,5 +1,5 @@
 """Patch embedding for images of any size."""
-from typing import Any, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,12 @@ class GridPatchEmbed(PatchEmbed):
 
     graph_per_size: bool = False  # whether torch.compile makes a graph for each size instead of one for all
     __constants__ = ['graph_per_size']
+    __jit_ignored_attributes__ = ['seen']
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # number of patches -> grid (rows, columns) of an image that came, the last one last: for blocks run alone
+        self.seen: Dict[int, Tuple[int, int]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -33,11 +39,20 @@ class GridPatchEmbed(PatchEmbed):
         if self.dynamic_img_pad:
             x = F.pad(x, [0, (patch_w - width % patch_w) % patch_w, 0, (patch_h - height % patch_h) % patch_h])
         x = self.proj(x)
+        if not torch.jit.is_scripting():
+            self._remember(x)
         if self.flatten:
             x = x.flatten(2).transpose(1, 2)
         else:
             x = x.permute(0, 2, 3, 1)  # NHWC is the only unflattened format a ViT asks for
         return self.norm(x)
+
+    @torch.jit.unused
+    def _remember(self, x: Tensor) -> None:
+        if isinstance(x, Tensor) and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            rows, columns = x.shape[-2:]
+            self.seen.pop(rows * columns, None)
+            self.seen[rows * columns] = (rows, columns)
 
 
 class WindowPatchEmbed(GridPatchEmbed):
