@@ -30,7 +30,7 @@ def is_exact(source, target):
     kinds = type(a.rotation), type(b.rotation)
     if not b.learned or a.coords not in b.coords_choices or (a.coords != 'index' and a.centered != b.centered):
         return False
-    if target == 'comrope':  # only blocks whose generators are parallel
+    if target == 'comrope' or (target == 'string' and kinds[0] is BlockRotation):  # blocks whose generators commute
         return source == target
     if kinds[0] is kinds[1]:
         return b.oblique or not a.oblique
