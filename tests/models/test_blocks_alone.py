@@ -98,3 +98,23 @@ def test_blocks_of_large_crops_are_run_again_after_small_ones():
         gradients.append([p.grad for p in model.parameters()])
     for other in gradients[:-1]:
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(other, gradients[-1]))
+
+
+def test_a_compiled_graph_does_not_take_the_grid_of_an_older_image():
+    torch._dynamo.reset()
+    model, x = make('vit_tiny_rope_spherical'), torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    model(torch.randn(1, 3, 16, 64))
+    run = torch.compile(lambda x: finish(model, model.blocks(tokens_of(model, x))), backend='aot_eager', fullgraph=True)
+    assert torch.allclose(run(x), expected, atol=1e-5)
+
+
+def test_a_new_nominal_size_forgets_the_images_before():
+    model = make('vit_tiny_rope_spherical')
+    model(torch.randn(1, 3, 64, 64))
+    model.set_input_size((16, 32))
+    tokens = torch.randn(1, 1 + 2 * 4, 24)
+    expected = tokens
+    for block, payload in zip(model.blocks, model.rope_payloads((2, 4))):
+        expected = block(expected, payload=payload)
+    assert torch.equal(model.blocks(tokens), expected)

@@ -27,7 +27,8 @@ class BlockPositions:
     def payload(self, tokens: int) -> Tensor:
         """Payload of all tokens of the image that was embedded last, or before the first one of the nominal grid.
 
-        More tokens are those of an earlier image, whose blocks run once more (gradient checkpointing).
+        In a compiled graph it is the nominal grid. More tokens are those of an earlier image, whose blocks run once
+        more (gradient checkpointing).
 
         Raises:
             ValueError: Fewer tokens, or a number that fits no such grid; says how to give their positions.
@@ -35,6 +36,8 @@ class BlockPositions:
         rope, prefix = self.model.rope, self.model.num_prefix_tokens
         nominal, seen = tuple(self.model.patch_embed.grid_size), getattr(self.model.patch_embed, 'seen', {})
         last = next(reversed(seen.values()), None) or getattr(rope, 'last_grid', None) or nominal
+        if torch.compiler.is_compiling():  # a graph does not note what it embeds, so that the last one may be older
+            seen, last = {}, nominal
         grids = [last, nominal]
         if seen:  # some patches of a larger image may be as many as those of a smaller one: they are no grid
             grids = [last if tokens - prefix <= last[0] * last[1] else seen.get(tokens - prefix, nominal)]

@@ -47,6 +47,10 @@ class GridPatchEmbed(PatchEmbed):
             x = x.permute(0, 2, 3, 1)  # NHWC is the only unflattened format a ViT asks for
         return self.norm(x)
 
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        super().set_input_size(*args, **kwargs)
+        self.seen.clear()
+
     @torch.jit.unused
     def _remember(self, x: Tensor) -> None:
         if isinstance(x, Tensor) and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
