@@ -251,6 +251,14 @@ def test_comrope_of_block_2_is_mixed():
     assert torch.allclose(matrices(comrope, (4, 3)), matrices(mixed, (4, 3)), atol=1e-12)
 
 
+@torch.no_grad()
+def test_products_of_comrope_are_not_rounded():
+    rope, exact = (make('comrope', {'coords': 'index'}, 32, 1, 1, dtype=d) for d in (torch.float32, torch.float64))
+    exact.freqs.copy_(rope.freqs)
+    payload = rope((64, 64))[0]
+    assert payload.dtype == torch.float32 and (payload - exact((64, 64))[0]).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize('variant', ['ld', 'ap'])
 def test_comrope_is_mixed_in_another_basis(variant):
     comrope = make('comrope', {'coords': 'index', 'variant': variant}, num_heads=1, depth=1, dtype=torch.float64)
