@@ -198,6 +198,14 @@ class RotaryEncoding(MakesPayloads):
         """
         return frequencies
 
+    def planes(self) -> Optional[Tuple[Tensor, Tensor]]:
+        """The encoding as pairs in another basis: wave vectors (2, L or 1, H or 1, D // 2) and orthogonal matrices
+        (L or 1, H or 1, D, D), float64, of which columns 2k and 2k + 1 span the plane that turns by vector k.
+
+        None where there is no such basis, or the pairs are those of the channels.
+        """
+        return None
+
     # -- payloads
 
     def forward(self, grid_size: Tuple[int, int], num_prefix_tokens: int = 0) -> List[Tensor]:

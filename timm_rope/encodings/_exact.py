@@ -3,7 +3,7 @@
 Encodings whose channel pairs turn each by one wave vector, axial and uniform, mixed and spiral, can be told in those
 vectors; a block of LieRE holds pairs as generators that couple nothing else. Triplets are told by their frequencies.
 """
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,14 @@ from . import create_rope, list_ropes
 from ._base import ENCODINGS, RotaryEncoding
 
 
-def convert_rope(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> RotaryEncoding:
+def convert_rope(source: RotaryEncoding, name: str, options: Dict[str, Any], fold: bool = False) -> RotaryEncoding:
+    """The target, with the function of the source; with `fold` after the change of basis of `basis_of_pairs`."""
     if source.freqs.is_meta:
         raise ValueError('The model is on the meta device, where frequencies have no values: load its weights first.')
     with torch.inference_mode(False), torch.no_grad():
         try:
             target = _create(source, name, options)
-            freqs = _freqs(source, target)
+            freqs = _freqs(source, target, fold)
         except _NoExactForm as error:
             possible = ', '.join(map(repr, _possible(source))) or 'none'
             raise ValueError(
@@ -56,10 +57,21 @@ def _create(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> Rotar
             'cpu', source.freqs.dtype, **carried, **options)
 
 
-def _freqs(source: RotaryEncoding, target: RotaryEncoding) -> Tensor:
+def basis_of_pairs(source: RotaryEncoding, target: RotaryEncoding) -> Optional[Tensor]:
+    """(L, H, D, D), by whose transpose queries and keys are multiplied before the target turns their pairs; or None."""
+    planes = source.planes()
+    if planes is None or type(target.rotation) is not PairRotation:
+        return None
+    return planes[1].expand(source.depth, source.num_heads, -1, -1)
+
+
+def _freqs(source: RotaryEncoding, target: RotaryEncoding, fold: bool = False) -> Tensor:
     """Value of the target's `freqs` that gives the function of the source."""
     scale = _scale(source, target)
     try:
+        planes = source.planes() if fold and basis_of_pairs(source, target) is not None else None
+        if planes is not None:
+            return freqs_for_wave_vectors(target, _shared(planes[0].cpu() * scale, target))
         if type(source) is type(target) and source._signature == target._signature:
             # the same function of the same numbers
             values = source.freqs.cpu().unflatten(2, [_heads(source), -1])

@@ -3,17 +3,18 @@
     uniform, axial -> axial_learned -> mixed -> string -> liere,   spiral, golden, nd -> mixed,
     spherical -> spherical_learned
 
-Only the encoding changes, no other weight: channel pairs stay where they are. Prefix tokens do not turn, so the origin
-of the coordinates is part of the function, even where the score of two patches does not see it.
+Only the encoding changes, no other weight: channel pairs stay where they are. The one exception is string -> mixed in a
+model or its weights, where the basis goes into the projection of queries and keys. Prefix tokens do not turn, so the
+origin of the coordinates is part of the function, even where the score of two patches does not see it.
 """
 import copy
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..encodings import RotaryEncoding
-from ..encodings._exact import convert_rope
+from ..encodings._exact import basis_of_pairs, convert_rope
 from ..encodings._saved import encoding_prefix, read_encoding
 from ..encodings._usage import USAGE
 from ..rotations import Rotation
@@ -51,18 +52,49 @@ def convert_encoding(source: Any, name: str, *, num_heads: Optional[int] = None,
     ropes = [source] if isinstance(source, RotaryEncoding) else _ropes_of(source)
     if num_heads not in (None, ropes[0].num_heads):
         raise ValueError(f'num_heads is {ropes[0].num_heads} in this model, got {num_heads!r}; it need not be given.')
-    targets = {id(rope): convert_rope(rope, name, options) for rope in ropes}
+    targets = {id(rope): convert_rope(rope, name, options, rope is not source) for rope in ropes}
     target = targets[id(ropes[0])]
     if ropes[0] is source:
         return target
+    bases = {id(targets[id(rope)]): basis_of_pairs(rope, targets[id(rope)]) for rope in ropes}
     with torch.inference_mode(False):
         # the memo puts the targets wherever the copy would refer to an encoding
         model = copy.deepcopy(source, {**targets})
     for module in model.modules():
         if isinstance(dict(module.named_children()).get('rotation'), Rotation) and module not in targets.values():
             module.rotation = target.rotation
+    for attention, rope, layer in _attentions(model):
+        basis = bases[id(rope)]
+        if basis is not None:
+            if not isinstance(getattr(attention, 'q_norm', None), (nn.Identity, type(None))):
+                raise ValueError(_NORM.format(name))
+            fold(attention.qkv.weight, attention.qkv.bias, basis[layer])
     _record(model, target)
     return model
+
+
+_NORM = 'No exact way to {!r}: the change of basis does not pass the norm of queries and keys (qk_norm).'
+
+
+def _attentions(model: Any) -> Iterator[Tuple[Any, nn.Module, int]]:
+    """Attentions with the encoding that turns them, and which of its layers it is."""
+    if not _is_swin(model):
+        yield from ((block.attn, model.rope, i) for i, block in enumerate(model.blocks))
+        return
+    for module in model.modules():
+        if isinstance(getattr(module, 'rope', None), RotaryEncoding) and hasattr(module, 'qkv'):
+            yield module, module.rope, 0
+
+
+@torch.no_grad()
+def fold(weight: Tensor, bias: Optional[Tensor], basis: Tensor) -> None:
+    """Multiply the queries and keys of a packed projection by the transposed basis (H, D, D) of each head, in place."""
+    heads, dim = basis.shape[:2]
+    for tensor in (weight, bias):
+        if tensor is not None:
+            rows = tensor[:2 * heads * dim]
+            values = rows.double().reshape(2, heads, dim, -1)
+            rows.copy_((basis.mT.to(rows.device, torch.float64) @ values).reshape(rows.shape))
 
 
 def _ropes_of(model: Any) -> List[RotaryEncoding]:
@@ -131,11 +163,20 @@ def _twin(architecture: Any, encoding: str, models: Dict[str, Dict[str, Any]]) -
 def _convert_state_dict(
         state_dict: Dict[str, Any], name: str, num_heads: Optional[int], options: Dict[str, Any]) -> Dict[str, Any]:
     prefix = encoding_prefix(state_dict)
-    target = convert_rope(read_encoding(state_dict, prefix, num_heads), name, options)
+    source = read_encoding(state_dict, prefix, num_heads)
+    target = convert_rope(source, name, options, fold=True)
+    basis = basis_of_pairs(source, target)
     device = state_dict[f'{prefix}signature'].device
     tensors = {f'{prefix}{k}': v.detach().to(device) for k, v in target.state_dict().items()}
     out = copy.copy(state_dict)  # keeps torch's `_metadata`
     out.clear()
     for key, value in state_dict.items():
         out.update(tensors if key.startswith(prefix) else {key: value})
+    for layer, turn in enumerate([] if basis is None else basis):
+        attention = f'{prefix.removesuffix("rope.")}blocks.{layer}.attn.'
+        if f'{attention}q_norm.weight' in out:
+            raise ValueError(_NORM.format(name))
+        keys = [key for key in (f'{attention}qkv.weight', f'{attention}qkv.bias') if key in out]
+        out.update({key: out[key].clone() for key in keys})
+        fold(out[keys[0]], out.get(f'{attention}qkv.bias'), turn)
     return out
