@@ -102,7 +102,7 @@ def test_every_encoding_explains_itself(name):
 # -- sizes: the package grows by files and rooms, not by floors
 
 ROOM = dict(
-    _timm=480, analysis=800, positions=350, rotations=1100, encodings=2600, models=1860, kernels=1900, weights=2100,
+    _timm=480, analysis=800, positions=350, rotations=1100, encodings=2600, models=1880, kernels=1900, weights=2100,
     cli=3700)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 

@@ -126,6 +126,40 @@ def test_logits(source, target, kwargs):
         assert error(model, convert_encoding(model, target), 48, 40) < exact, 'only rounding differs'
 
 
+STRINGS = [dict(), dict(rope_basis='circulant'), dict(rope_block=5), dict(rope_basis='circulant', rope_block=7),
+           dict(rope_share_heads=True, rope_share_layers=True, qkv_bias=False, class_token=False, global_pool='avg')]
+
+
+@pytest.mark.parametrize('kwargs', STRINGS)
+def test_string_becomes_mixed_by_folding_its_basis_into_queries_and_keys(kwargs):
+    model = model_of('string', reg_tokens=1, **kwargs).double()
+    before = copy.deepcopy(model.state_dict())
+    converted = convert_encoding(model, 'mixed')
+    assert converted.rope.name == 'mixed' and error(model, converted, 48, 40) < 1e-12
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), 'a copy'
+    weights = convert_encoding(model.state_dict(), 'mixed', num_heads=2)
+    assert all(torch.allclose(v, weights[k], atol=1e-15) for k, v in converted.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    single = model_of('string', **kwargs)
+    assert error(single, convert_encoding(single, 'mixed'), 64, 64) < 1e-5
+    with pytest.raises(ValueError, match="from 'string' to 'mixed': its generators commute, but in another"):
+        convert_encoding(model.rope, 'mixed')  # alone it has no queries and keys
+
+
+def test_string_of_a_swin_becomes_mixed():
+    torch.manual_seed(0)
+    small = dict(img_size=32, embed_dim=16, depths=(2, 1), num_heads=(1, 2), window_size=4, num_classes=5)
+    model = timm.create_model('swin_tiny_rope_axial', rope_encoding='string', **small).eval().double()
+    assert error(model, convert_encoding(model, 'mixed'), 32, 32) < 1e-12
+
+
+def test_a_basis_does_not_pass_a_norm_of_queries_and_keys():
+    model = model_of('string', qk_norm=True)
+    for source in (model, model.state_dict()):
+        with pytest.raises(ValueError, match='q_norm.* scales each by itself'):
+            convert_encoding(source, 'mixed', num_heads=2)
+
+
 def test_a_chain_of_steps_keeps_the_function():
     model = model_of('axial', reg_tokens=1)
     chain = model

@@ -1,11 +1,15 @@
-"""Generators of blocks that commute: plane waves in an orthogonal basis (STRING, arXiv 2502.02562, section 3).
+"""Generators of blocks that commute: plane waves in an orthogonal basis P (STRING, arXiv 2502.02562, section 3).
+
+    cayley      A = P B P^T with P = (I - S) (I + S)^-1, where B turns channels 2k to 2k + 1 by the wave k.
+                `freqs` (1, L, K, 2 (b // 2) + b (b - 1) / 2): waves along x, along y, strict upper triangle of S
+    circulant   A = C - C^T, C circulant: the column 0, a_1 .. a_M, (0,) -a_M .. -a_1, moved down from one to the next.
+                `freqs` (2, L, K, M): a, M = (b - 1) // 2
 
 Generators are strict upper triangles row by row, (2, L, K, b (b - 1) / 2) with x first, as `BlockRotation` takes them;
-K = H G blocks. Where they are not learned now, and on devices that have it, they come in float64. Call these functions
-by way of the module, in which FX looks for them.
+K = H G blocks of b channels. Functions are to be called by way of this module, in which FX looks for them.
 """
 import math
-from typing import List
+from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -16,86 +20,36 @@ from ..rotations.exponential import skew
 
 
 @torch.fx.wrap
-def cayley_generators(freqs: Tensor, size: int) -> Tensor:
-    """A = P B P^T with P = (I - S) (I + S)^-1, where B turns channels 2k to 2k + 1 by w_k.
-
-    Args:
-        freqs: (1, L, K, 2 (b // 2) + b (b - 1) / 2), waves along x, along y, strict upper triangle of S.
-        size: b.
-    """
+def generators(freqs: Tensor, size: int, basis: str) -> Tensor:
+    """What turns the blocks; in the widest dtype there is where it is not learned now."""
     if torch.jit.is_scripting():
-        return _cayley_generators(freqs, size)
+        return _generators(freqs, size, basis)
     with without_autocast(freqs):
-        return _cayley_generators(freqs, size)
+        return _generators(freqs, size, basis)
 
 
-def _cayley_generators(freqs: Tensor, size: int) -> Tensor:
+def _generators(freqs: Tensor, size: int, basis: str) -> Tensor:
+    if basis == 'cayley':
+        waves, columns = _cayley(freqs, size)
+        half = (columns[..., 1::2] * waves.unsqueeze(-2)) @ columns[..., 0:size // 2 * 2:2].transpose(-1, -2)
+        matrix = half - half.transpose(-1, -2)
+        rows = [matrix[..., 0, 1:]]
+        for i in range(1, size - 1):
+            rows.append(matrix[..., i, i + 1:])
+    else:
+        wide = widest(freqs)
+        column = torch.cat((wide, torch.zeros_like(wide[..., :(size - 1) % 2]), -wide.flip(-1)), dim=-1)
+        rows = [-column]
+        for i in range(1, size - 1):
+            rows.append(-column[..., :size - 1 - i])
+    out = torch.cat(rows, dim=-1)
+    return out.to(freqs.dtype) if torch.is_grad_enabled() and freqs.requires_grad else out
+
+
+def _cayley(freqs: Tensor, size: int) -> Tuple[Tensor, Tensor]:
     pairs, wide = size // 2, widest(freqs[0])
     s, eye = skew(wide[..., 2 * pairs:], size), torch.eye(size, dtype=wide.dtype, device=wide.device)
-    basis = _solve(eye + s, eye - s)  # the two factors commute
-    waves = torch.stack((wide[..., :pairs], wide[..., pairs:2 * pairs])).unsqueeze(-2)
-    half = (basis[..., 1::2] * waves) @ basis[..., 0:2 * pairs:2].transpose(-1, -2)
-    return _as_kept(_triangle(half - half.transpose(-1, -2), size), freqs)
-
-
-def cayley_freqs_for(generators: Tensor, size: int) -> Tensor:
-    """`freqs` of generators that couple nothing but the channels 2k and 2k + 1.
-
-    Raises:
-        ValueError: Others; the message is a reason.
-    """
-    channel = 2 * torch.arange(size // 2)
-    entry = channel * (2 * size - channel - 1) // 2
-    rest = generators.clone()
-    rest[..., entry] = 0
-    if bool(rest.any()):
-        raise ValueError('these generators couple more than channel pairs, and no basis is looked for that gives them')
-    waves = -generators[..., entry]
-    return torch.cat((waves[0], waves[1], torch.zeros_like(rest[0])), dim=-1).unsqueeze(0)
-
-
-@torch.fx.wrap
-def circulant_generators(freqs: Tensor, size: int) -> Tensor:
-    """A = C - C^T for circulant C: the column 0, a_1 .. a_M, (0,) -a_M .. -a_1, shifted down by one from row to row.
-
-    Args:
-        freqs: (2, L, K, M), a; M = (b - 1) // 2.
-        size: b.
-    """
-    wide = widest(freqs)
-    middle = torch.zeros_like(wide[..., :(size - 1) % 2])
-    column = torch.cat((wide, middle, -wide.flip(-1)), dim=-1)  # without its zero in front
-    rows = [-column[..., :size - 1 - i] for i in range(size - 1)]
-    return _as_kept(torch.cat(rows, dim=-1), freqs)
-
-
-def circulant_freqs_for(generators: Tensor, size: int) -> Tensor:
-    """`freqs` of circulant generators.
-
-    Raises:
-        ValueError: Others; the message is a reason.
-    """
-    freqs = -generators[..., :(size - 1) // 2]
-    if not torch.allclose(circulant_generators(freqs, size).to(generators.dtype), generators, rtol=0, atol=1e-12):
-        raise ValueError('these generators are not circulant')
-    return freqs
-
-
-def circulant_freqs_of_waves(waves: Tensor, size: int) -> Tensor:
-    """`freqs` whose planes turn by waves (2, L, K, M): the inverse of the sine transform that its eigenvalues are."""
-    k = torch.arange(1, waves.shape[-1] + 1, dtype=waves.dtype, device=waves.device)
-    return 2 / size * waves @ torch.sin(2 * math.pi / size * k * k.unsqueeze(-1))
-
-
-def _triangle(matrix: Tensor, size: int) -> Tensor:
-    rows: List[Tensor] = []
-    for i in range(size - 1):
-        rows.append(matrix[..., i, i + 1:])
-    return torch.cat(rows, dim=-1)
-
-
-def _as_kept(generators: Tensor, freqs: Tensor) -> Tensor:
-    return generators.to(freqs.dtype) if torch.is_grad_enabled() and freqs.requires_grad else generators
+    return torch.stack((wide[..., :pairs], wide[..., pairs:2 * pairs])), _solve(eye + s, eye - s)  # factors commute
 
 
 def _solve(left: Tensor, right: Tensor) -> Tensor:
@@ -113,3 +67,34 @@ def _eliminate(left: Tensor, right: Tensor) -> Tensor:
         row = both[..., k:k + 1, :] / both[..., k:k + 1, k:k + 1]
         both = both - (both[..., :, k:k + 1] - eye[:, k:k + 1]) * row
     return both[..., size:]
+
+
+def freqs_of_waves(waves: Tensor, size: int, basis: str) -> Tensor:
+    """`freqs` whose planes turn by waves (2, L, K, number of planes), with S drawn close to 0."""
+    if basis == 'circulant':  # its eigenvalues are a sine transform, of which this is the inverse
+        k = torch.arange(1, waves.shape[-1] + 1, dtype=waves.dtype, device=waves.device)
+        return 2 / size * waves @ torch.sin(2 * math.pi / size * k * k.unsqueeze(-1))
+    shape = (*waves.shape[1:3], size * (size - 1) // 2)
+    return torch.cat((waves[0], waves[1], 0.01 * torch.randn(
+        shape, dtype=waves.dtype, device=waves.device)), dim=-1).unsqueeze(0)
+
+
+def freqs_of(triangles: Tensor, size: int, basis: str) -> Tensor:
+    """Inverse of `generators`; for cayley only with S = 0.
+
+    Raises:
+        ValueError: They have no such form; the message is a reason.
+    """
+    if basis == 'circulant':
+        freqs = -triangles[..., :(size - 1) // 2]
+        if not torch.allclose(_generators(freqs, size, basis).to(triangles.dtype), triangles, rtol=0, atol=1e-12):
+            raise ValueError('these generators are not circulant')
+        return freqs
+    channel = 2 * torch.arange(size // 2, device=triangles.device)
+    entry = channel * (2 * size - channel - 1) // 2
+    rest = triangles.clone()
+    rest[..., entry] = 0
+    if bool(rest.any()):
+        raise ValueError('these generators couple more than channel pairs, and no basis is looked for that gives them')
+    waves = -triangles[..., entry]
+    return torch.cat((waves[0], waves[1], rest[0]), dim=-1).unsqueeze(0)

@@ -10,8 +10,6 @@ from . import _commuting
 from ._base import RotaryEncoding
 from ._frequencies import geometric, turned_basis
 
-BASES = ('cayley', 'circulant')
-
 
 class String(RotaryEncoding, name='string'):
     """STRING (arXiv 2502.02562): R(p) = exp(x A_x + y A_y) on blocks of b channels, with A_x A_y = A_y A_x, both skew.
@@ -19,19 +17,18 @@ class String(RotaryEncoding, name='string'):
     That is R(p) = P RoPE(p) P^T: in one orthogonal basis P, pair k turns by x u_k + y v_k, as in `mixed`. So it is
     exactly relative, unlike `liere`, at the same price. The paper leaves out the outer P, which scores do not see; here
     prefix tokens, which do not turn, would. Larger grids extrapolate to higher indices. Begins as `mixed`, with S
-    normal of deviation 0.01. Channels of head_dim beyond the last whole block pass unrotated.
+    normal of deviation 0.01 (the paper's start is not known here). Channels of
+    head_dim beyond the last whole block pass unrotated.
 
-        cayley      P = (I - S) (I + S)^-1 with skew S, of which the upper triangle is learned, as are all u_k and v_k.
+        cayley      P = (I - S) (I + S)^-1, S skew. Learned are the strict upper triangle of S and all u_k and v_k.
         circulant   A = C - C^T, C circulant: P is that of the Fourier transform, in which the first plane, and the last
                     of an even block, do not turn. Learned are the free numbers of A_x and A_y, its column 0 from row 1.
 
-    `freqs`: cayley (1, depth, heads * blocks, b // 2 + b // 2 + b (b - 1) / 2), u, v and S row by row;
-    circulant (2, depth, heads * blocks, (b - 1) // 2).
+    `freqs`: (1, depth, heads * blocks, 2 (b // 2) + b (b - 1) / 2), u, v, S; (2, depth, heads * blocks, (b - 1) // 2).
 
     Args:
         basis: 'cayley', in the paper the more accurate, or 'circulant', with fewer parameters.
-        block: b, from 2 (circulant: 3) to head_dim, the paper's own choice for cayley. If it is not given, the largest
-            even divisor of head_dim from 8 to 16, else 16 or all of a smaller head.
+        block: b. Default: the largest even divisor of head_dim from 8 to 16, else 16; the paper's cayley has head_dim.
         temperature: Ratio of the longest to the shortest initial wave vector.
         coords: 'index', or 'cells' or 'ends', which are normalised to the reference grid.
         share_heads: One set for all heads of a layer.
@@ -48,8 +45,8 @@ class String(RotaryEncoding, name='string'):
     def _checked(self, options: Dict[str, Any]) -> Dict[str, Any]:
         fitting = [b for b in range(16, 7, -2) if self.head_dim % b == 0]
         options = super()._checked({'block': (fitting or [min(16, self.head_dim)])[0], **options})
-        self.basis = check_choice(options['basis'], BASES, 'basis')
-        check_integer(options['block'], 'block', 2 + BASES.index(self.basis))
+        self.basis = check_choice(options['basis'], ('cayley', 'circulant'), 'basis')
+        check_integer(options['block'], 'block', 3 if self.basis == 'circulant' else 2)
         return options
 
     def make_rotation(self) -> BlockRotation:
@@ -66,22 +63,16 @@ class String(RotaryEncoding, name='string'):
         return 1, layers, blocks, size // 2 * 2 + size * (size - 1) // 2
 
     def initial_freqs(self) -> Tensor:
-        size, like = self.rotation.size, self.freqs
-        pairs = self.rotation.groups * (size // 2 if self.basis == 'cayley' else (size - 1) // 2)
+        size, blocks, like = self.rotation.size, self.rotation.groups, self.freqs
+        pairs = blocks * ((size - (self.basis == 'circulant')) // 2)
         w = geometric((pairs + 1) // 2, self.options['temperature'])
-        layers, heads = like.shape[1], like.shape[2] // self.rotation.groups
-        angle = 2 * torch.pi * torch.rand(layers, heads, 1, dtype=like.dtype, device=like.device)
-        waves = turned_basis((w + w)[:pairs], angle).reshape(2, *like.shape[1:3], -1)
-        if self.basis == 'circulant':
-            return _commuting.circulant_freqs_of_waves(waves, size)
-        return torch.cat((waves[0], waves[1], 0.01 * torch.randn_like(like[0, ..., size // 2 * 2:])), -1).unsqueeze(0)
+        angle = torch.rand(like.shape[1], like.shape[2] // blocks, 1, dtype=like.dtype, device=like.device)
+        waves = turned_basis((w + w)[:pairs], 2 * torch.pi * angle)
+        return _commuting.freqs_of_waves(waves.reshape(2, *like.shape[1:3], -1), size, self.basis)
 
     def frequencies(self) -> Tensor:
-        size, blocks = self.rotation.size, self.rotation.groups
-        if self.basis == 'cayley':
-            return _commuting.cayley_generators(self.freqs, size).unflatten(2, [-1, blocks])
-        return _commuting.circulant_generators(self.freqs, size).unflatten(2, [-1, blocks])
+        generators = _commuting.generators(self.freqs, self.rotation.size, self.basis)
+        return generators.unflatten(2, [-1, self.rotation.groups])
 
     def freqs_for(self, frequencies: Tensor) -> Tensor:
-        inverse = _commuting.cayley_freqs_for if self.basis == 'cayley' else _commuting.circulant_freqs_for
-        return inverse(frequencies.flatten(2, 3), self.rotation.size)
+        return _commuting.freqs_of(frequencies.flatten(2, 3), self.rotation.size, self.basis)
