@@ -17,9 +17,8 @@ class ComRoPE(RotaryEncoding, name='comrope'):
     learns t_x and t_y, and with block 2 is RoPE-Mixed in other coordinates; with 'ap' they are (0, 1) and (1, 0) in
     turn, so that a block sees one axis, and nothing is oblique. A starts as P - P^T and t_x, t_y with standard normal
     numbers. The authors' heads share t_x and t_y, and their class token turns as a patch in the middle; here each head
-    has its own, and prefix tokens do not turn. Larger grids extrapolate. Channels of head_dim beyond the last whole
-    block pass unrotated. `freqs`: (1, depth, heads * blocks, block (block - 1) / 2, with 'ld' 2 more), strict upper
-    triangles of A row by row, t_x, t_y.
+    has its own, and prefix tokens do not turn. Larger grids extrapolate. Channels of head_dim beyond the last block
+    pass unrotated. `freqs`: (1, depth, heads * blocks, block (block - 1) / 2, with 'ld' 2 more): triangles, t_x, t_y.
 
     Args:
         variant: 'ld' (linearly dependent generators) or 'ap' (axial partition; head_dim must hold two blocks).
@@ -74,8 +73,7 @@ class ComRoPE(RotaryEncoding, name='comrope'):
 @torch.fx.wrap
 def generators(freqs: Tensor, one_axis: bool) -> Tensor:
     """A_x and A_y, (2, L, H, G, T), in float64 while nothing learns: rounded products would turn by 2e-6 rad more."""
-    if not torch.is_grad_enabled() or not freqs.requires_grad:
-        freqs = widest(freqs)
+    freqs = freqs if torch.is_grad_enabled() and freqs.requires_grad else widest(freqs)
     if one_axis:
         odd = torch.arange(freqs.shape[2], device=freqs.device).unsqueeze(-1) % 2
         return torch.stack((freqs * odd, freqs * (1 - odd)))
