@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 
+import timm_rope
 from timm_rope.rotations import exponential, grid_exponentials
 from timm_rope.rotations.exponential import block_table
 
@@ -168,6 +169,17 @@ def gradient_of(table, freqs, y, x, size):
     weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (out.double() * weights).sum().backward()
     return freqs.grad
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_large_grids_while_generators_learn(seed):
+    torch.manual_seed(seed)
+    single = timm_rope.create_rope('liere', 16, 2, 1, (14, 14))
+    double = timm_rope.create_rope('liere', 16, 2, 1, (14, 14), dtype=torch.float64)
+    double.freqs.data.copy_(single.freqs.data)
+    with torch.no_grad():
+        exact = double((64, 64))[0]
+    assert float((single((64, 64))[0].detach().double() - exact).abs().max()) < 7e-6
 
 
 @pytest.mark.parametrize('size,bound', [(3, 1e-6), (4, 1e-6), (5, 5e-6), (8, 5e-6), (16, 1e-5), (64, 5e-5)])

@@ -22,9 +22,10 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 
     Computed outside autocast. While nothing learns, and on every device that has it, the work is in float64, and the
     float32 result is within 3e-7 of the exact one for any block and grid. While float32 generators of blocks above 4
-    learn, and in compiled graphs, the matrices are squared in float32: the result is within 5e-6. On a GPU, those of
-    blocks of 8 then have kernels of their own (`gpu_exponentials.py`). The gradient of float32 generators is computed
-    in float32, to about 5e-6 of its largest entry at block 8 and 1e-5 at block 64.
+    learn, and in compiled graphs, the matrices are squared in float32: the result is within 5e-6, and 7e-6 on grids of
+    64 x 64 patches, whose angles are larger. On a GPU, those of blocks of 8 then have kernels of their own
+    (`gpu_exponentials.py`). The gradient of float32 generators is computed in float32, to about 5e-6 of its largest
+    entry at block 8 and 1e-5 at block 64.
 
     Args:
         freqs: (2, L, H, G, b (b - 1) / 2), strict upper triangles of A_x and A_y row by row, radians per coordinate.
