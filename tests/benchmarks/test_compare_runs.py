@@ -39,7 +39,7 @@ def test_the_models_of_the_methods():
         assert model.training and all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
         assert not torch.equal(model.patch_embed.proj.weight, other.patch_embed.proj.weight)
         assert (model.rope is None) == (method in ('ape', 'none')) and (model.pos_embed is None) == (method != 'ape')
-        assert model.rope is None or type(model.rope).__name__.lower() == method.replace('_', '')
+        assert model.rope is None or model.rope.name == method
         model = model_that_sees_positions(method, task, recipe)
         with torch.inference_mode():
             difference = (model(images) - model(shuffled)).abs().max()

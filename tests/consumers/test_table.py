@@ -20,6 +20,7 @@ def test_the_table_names_what_the_extra_installs():
 @pytest.mark.parametrize('row', ROWS, ids=[row[0].split(' ')[0] for row in ROWS])
 def test_lines_run(row):
     lines = re.findall(r'`([^`]+)`', row[-1])
-    for module in re.findall(r'^(?:import|from) (\w+)', '\n'.join(lines), flags=re.M):
-        pytest.importorskip(module)
+    for names in re.findall(r'^(?:import (.+)|from (\w+))', '\n'.join(lines), flags=re.M):
+        for module in re.findall(r'(?:^|, )(\w+)', ''.join(names)):
+            pytest.importorskip(module)
     exec('\n'.join(lines), {})

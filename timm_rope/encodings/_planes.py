@@ -36,7 +36,7 @@ def planes(generators: Tensor, head_dim: int, size: int) -> Tuple[Tensor, Tensor
     a = skew(generators.double().cpu(), size)  # (2, L, H, G, b, b)
     layers, heads, groups = a.shape[1:4]
     vectors = a.new_zeros(2, layers, heads, head_dim // 2)
-    basis = torch.eye(head_dim, dtype=a.dtype).repeat(layers, heads, 1, 1)
+    basis = torch.eye(head_dim, dtype=a.dtype, device='cpu').repeat(layers, heads, 1, 1)
     for layer in range(layers):
         for head in range(heads):
             turning, resting, waves = [], [], []
@@ -48,7 +48,7 @@ def planes(generators: Tensor, head_dim: int, size: int) -> Tuple[Tensor, Tensor
                 turning.append(columns[:, :2 * w.shape[1]])
                 resting.append(columns[:, 2 * w.shape[1]:])
                 waves.append(w)
-            rest = torch.eye(head_dim, dtype=a.dtype)[:, groups * size:]
+            rest = torch.eye(head_dim, dtype=a.dtype, device='cpu')[:, groups * size:]
             basis[layer, head] = torch.cat((*turning, *resting, rest), dim=1)
             found = torch.cat(waves, dim=1)
             vectors[:, layer, head, :found.shape[1]] = found
@@ -91,7 +91,7 @@ def _planes_of(c: Tensor) -> Tuple[Tensor, int]:
     v = v[:, turning] * math.sqrt(2)
     planes = torch.stack((v.real, v.imag), dim=-1).flatten(1)
     # what is orthogonal to all planes, by the projector onto it
-    rest = torch.eye(len(c), dtype=planes.dtype) - planes @ planes.T
+    rest = torch.eye(len(c), dtype=planes.dtype, device='cpu') - planes @ planes.T
     count = len(c) - planes.shape[1]
     resting = torch.linalg.eigh(rest)[1][:, len(c) - count:]
     return torch.cat((planes, resting), dim=1), v.shape[1]

@@ -105,7 +105,7 @@ class ClampedPairRotation(PairRotation):
 @torch.fx.wrap
 def clamped_pair_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
     wide = freqs.to(y.dtype)  # coordinates come in the widest dtype there is
-    x = torch.atleast_2d(x)
+    x = x if x.ndim == 2 else x.unsqueeze(0)
     row, column = 0.5 * (y[0] + y[-1]), 0.5 * (x[0, 0] + x[-1, -1])
     theta = wide.square().sum(0).sqrt()
     half = theta.shape[-1] // 2

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from .._precision import widest
+from .base import by_rows
 from .blocks import BlockRotation
 from .sines import cos_sin
 
@@ -31,7 +32,7 @@ class AxesRotation(BlockRotation):
 
 
 def axes_table(freqs: Tensor, y: Tensor, x: Tensor, order: str) -> Tensor:
-    along_x, along_y = _quaternions(torch.atleast_2d(x), freqs[0]), _quaternions(y.unsqueeze(1), freqs[1])
+    along_x, along_y = _quaternions(by_rows(x), freqs[0]), _quaternions(y.unsqueeze(1), freqs[1])
     turns = _product(along_x, along_y) if order == 'yx' else _product(along_y, along_x)
     return _matrices(turns).flatten(-2).flatten(2, 3)
 

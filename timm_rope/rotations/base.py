@@ -58,6 +58,11 @@ class Rotation(nn.Module):
         return f'{self.groups} groups of {self.size}' + (f', {rest} of {self.head_dim} unrotated' if rest else '')
 
 
+def by_rows(x: Tensor) -> Tensor:
+    """Coordinates of the columns, (rows or 1, columns); `torch.atleast_2d` is unknown to other runtimes."""
+    return x if x.ndim == 2 else x.unsqueeze(0)
+
+
 def with_rest(groups: Tensor, x: Tensor, rotated: int, head_dim: int) -> Tensor:
     """Turned groups (..., G, size) in the dtype of `x`, followed by the channels of `x` that belong to no group."""
     out = groups.flatten(-2).to(x.dtype)

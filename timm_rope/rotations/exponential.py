@@ -13,6 +13,7 @@ from torch import Tensor
 from .._precision import without_autocast
 from .._tracing import legacy_batched, recording, transformed
 from . import grid_exponentials
+from .base import by_rows
 from .grid_exponentials import skew
 
 
@@ -51,7 +52,7 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 def _plain_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
     # the error of an exponential grows with its norm, over 100 rad at 64x64 patches: 3e-5 in float32 at block 8
     wide = freqs if freqs.device.type == 'mps' else freqs.double()
-    along_x = torch.atleast_2d(x).to(wide.dtype).unsqueeze(-1).unsqueeze(-1) * wide[0].unsqueeze(2).unsqueeze(2)
+    along_x = by_rows(x).to(wide.dtype).unsqueeze(-1).unsqueeze(-1) * wide[0].unsqueeze(2).unsqueeze(2)
     along_y = y.to(wide.dtype).reshape(-1, 1, 1, 1) * wide[1].unsqueeze(2).unsqueeze(2)
     triangle = (along_x + along_y).flatten(2, 3)  # (L, H, N, G, b (b - 1) / 2)
     return skew_exp(triangle, size, freqs.dtype).flatten(-3)

@@ -19,6 +19,7 @@ holds: how often to square depends on the norm of the generators, which no graph
 Shapes: L layers, H heads, G pairs of generators to a head, P = L H G, N positions, K powers from 0 to the degree,
 b size of a matrix.
 """
+import itertools
 import math
 from functools import cache
 from types import ModuleType
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .._precision import without_autocast
+from .._tracing import recording
 
 # Norm up to which the polynomial is used: beyond, another squaring costs less than more terms. Terms are made once for
 # a pair of generators, squares for every position, so that large grids are better off with fewer squarings.
@@ -38,14 +40,26 @@ CHUNK_OF_A_GPU = 2 ** 26  # where many small launches would cost more than they 
 
 def skew(triangle: Tensor, size: int) -> Tensor:
     """Skew-symmetric matrices (..., b, b) from their strict upper triangles (..., b (b - 1) / 2)."""
+    entries = torch.cat((triangle, -triangle, torch.zeros_like(triangle[..., :1])), dim=-1)
+    if not torch.jit.is_scripting():
+        if recording():  # not every runtime knows the functions below; a GPU would have to wait for a list
+            return entries.index_select(-1, _places(size, triangle.device)).unflatten(-1, [size, size])
     upper = torch.triu_indices(size, size, 1, device=triangle.device)
     row, column = upper[0], upper[1]
     index = torch.full([size, size], 2 * triangle.shape[-1], device=triangle.device, dtype=torch.long)
     entry = torch.arange(triangle.shape[-1], device=triangle.device)
     index[row, column] = entry
     index[column, row] = entry + triangle.shape[-1]
-    entries = torch.cat((triangle, -triangle, torch.zeros_like(triangle[..., :1])), dim=-1)
     return entries.index_select(-1, index.flatten()).unflatten(-1, [size, size])
+
+
+def _places(size: int, device: torch.device) -> Tensor:
+    """Where the entries of a matrix are among those of its upper triangle, their negatives, and a zero."""
+    count = size * (size - 1) // 2
+    upper = {pair: entry for entry, pair in enumerate(itertools.combinations(range(size), 2))}
+    both = {**upper, **{(row, column): count + entry for (column, row), entry in upper.items()}}
+    pairs = itertools.product(range(size), range(size))
+    return torch.tensor([both.get(pair, 2 * count) for pair in pairs], device=device)
 
 
 def kernels_for(freqs: Tensor, size: int) -> Optional[ModuleType]:

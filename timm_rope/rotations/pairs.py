@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from .base import Rotation, with_rest
+from .base import Rotation, by_rows, with_rest
 from .sines import cos_sin
 
 
@@ -28,7 +28,7 @@ class PairRotation(Rotation):
 
 @torch.fx.wrap
 def pair_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    cos_x, sin_x = cos_sin(torch.atleast_2d(x), freqs[0])  # (L, H, rows or 1, columns, G)
+    cos_x, sin_x = cos_sin(by_rows(x), freqs[0])  # (L, H, rows or 1, columns, G)
     cos_y, sin_y = cos_sin(y.unsqueeze(1), freqs[1])  # (L, H, rows, 1, G)
     turns = torch.stack((cos_y * cos_x - sin_y * sin_x, sin_y * cos_x + cos_y * sin_x), dim=-1)
     return turns.flatten(-2).flatten(2, 3)

@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from .base import Rotation, with_rest
+from .base import Rotation, by_rows, with_rest
 from .sines import cos_sin
 
 
@@ -48,6 +48,6 @@ class TripletRotation(Rotation):
 
 @torch.fx.wrap
 def triplet_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    yaw = torch.cat(cos_sin(torch.atleast_2d(x), freqs[0]), dim=-1).expand(-1, -1, y.shape[0], -1, -1)
+    yaw = torch.cat(cos_sin(by_rows(x), freqs[0]), dim=-1).expand(-1, -1, y.shape[0], -1, -1)
     roll = torch.cat(cos_sin(y.unsqueeze(1), freqs[1]), dim=-1).expand(-1, -1, -1, x.shape[-1], -1)
     return torch.cat((roll, yaw), dim=-1).flatten(2, 3)
