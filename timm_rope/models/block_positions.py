@@ -35,7 +35,7 @@ class BlockPositions:
         """
         rope, prefix = self.model.rope, self.model.num_prefix_tokens
         nominal, seen = tuple(self.model.patch_embed.grid_size), getattr(self.model.patch_embed, 'seen', {})
-        last = next(reversed(seen.values()), None) or getattr(rope, 'last_grid', None) or nominal
+        last = [*seen.values()][-1] if seen else getattr(rope, 'last_grid', None) or nominal
         if torch.compiler.is_compiling():  # a graph does not note what it embeds, so that the last one may be older
             seen, last = {}, nominal
         grids = [last, nominal]
