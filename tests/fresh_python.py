@@ -3,8 +3,9 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 # Put in front of a script: the packages in `hidden` are not there, as if they were not installed.
 HIDE = '''
@@ -32,6 +33,24 @@ def run_python(cwd: Path, *args: Any, **env: Any) -> Tuple[Any, str]:
         [sys.executable, *map(str, args)], cwd=cwd, env=clean_env(**env), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f'exit status {done.returncode}\n{done.stdout}\n{done.stderr}'
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def run_interpreted(script: Path) -> Any:
+    """Run a test file as a script in Triton's interpreter: the outcome of its checks, see `outcomes`."""
+    switches = dict(PYTHONPATH=Path(__file__).parent, TRITON_INTERPRET=1, OMP_NUM_THREADS=1)
+    return run_python(script.parent, script.name, **switches)[0]
+
+
+def outcomes(checks: Dict[str, Callable[[], Any]]) -> Dict[str, Optional[str]]:
+    """What went wrong in each check, None where nothing did."""
+    results: Dict[str, Optional[str]] = {}
+    for name, check in checks.items():
+        try:
+            check()
+            results[name] = None
+        except Exception:
+            results[name] = traceback.format_exc()
+    return results
 
 
 def our_warnings(stderr: str) -> List[str]:

@@ -27,6 +27,6 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
 
 
-@constant_in_graphs  # dynamo cannot ask this itself before torch 2.12
+@constant_in_graphs  # dynamo of torch 2.11 cannot ask this itself
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)

@@ -95,7 +95,7 @@ def unobserved(module: nn.Module) -> bool:
     That is: no forward hook, and no `forward` put into this module or into its class, for the whole process. What is
     compiled or traced is never written to; there only the first is asked, since a tracer patches classes itself.
     """
-    # dynamo cannot follow `vars` before torch 2.11
+    # dynamo of torch 2.8 cannot follow `vars`
     if 'forward' in module.__dict__ or module._forward_hooks or _global_forward_hooks:
         return False
     if torch.compiler.is_compiling():

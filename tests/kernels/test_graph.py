@@ -21,10 +21,7 @@ def operators_on_a_cpu(monkeypatch):
 
 
 def described(rope):
-    rotation = rope.rotation
-    return (
-        'inplace', rope.num_heads, rotation.kind, rotation.head_dim, rotation.groups, rotation.size,
-        getattr(rotation, 'order', ''))
+    return 'inplace', rope.num_heads, *graph.describe(rope.rotation)
 
 
 def inputs(name, dtype=torch.float32):

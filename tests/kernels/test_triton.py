@@ -8,19 +8,17 @@ import json
 import os
 import re
 import sys
-import traceback
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from fresh_python import HIDE, run_python
+from fresh_python import HIDE, outcomes, run_interpreted, run_python
 
 import timm_rope
 from timm_rope.encodings.spiral import ClampedPairRotation
 from timm_rope.rotations import BlockRotation, PairRotation, TripletRotation
 
-HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason='triton is not installed')
 
@@ -320,7 +318,7 @@ CHECKS = {
 def interpreted():
     if not HAS_TRITON:
         pytest.skip('triton is not installed')
-    return run_python(HERE, Path(__file__).name, PYTHONPATH=HERE.parent, TRITON_INTERPRET=1, OMP_NUM_THREADS=1)[0]
+    return run_interpreted(Path(__file__))
 
 
 @pytest.mark.parametrize('check', CHECKS)
@@ -507,13 +505,8 @@ def interpret_all():
     from timm_rope.kernels.triton import kernels as triton_kernels
 
     assert triton_kernels.INTERPRETED
-    for check, (function, case) in CHECKS.items():
-        try:
-            function(case, 'cpu')
-            results[check] = None
-        except Exception:
-            results[check] = traceback.format_exc()
-    return results
+    checks = {check: partial(function, case, 'cpu') for check, (function, case) in CHECKS.items()}
+    return {**results, **outcomes(checks)}
 
 
 if __name__ == '__main__':

@@ -5,15 +5,13 @@ run as a script, prints what went wrong.
 """
 import importlib.util
 import json
-import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from fresh_python import run_python
+from fresh_python import outcomes, run_interpreted
 
-HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 needs_gpu = [
     pytest.mark.gpu, pytest.mark.skipif(not (HAS_TRITON and torch.cuda.is_available()), reason='needs a CUDA device')]
@@ -109,7 +107,7 @@ CHECKS = {
 def interpreted():
     if not HAS_TRITON:
         pytest.skip('triton is not installed')
-    return run_python(HERE, Path(__file__).name, PYTHONPATH=HERE.parent, TRITON_INTERPRET=1, OMP_NUM_THREADS=1)[0]
+    return run_interpreted(Path(__file__))
 
 
 @pytest.mark.parametrize('check', CHECKS)
@@ -137,12 +135,4 @@ def test_the_encoding_takes_the_kernels(monkeypatch):
 
 
 if __name__ == '__main__':
-    failures = {}
-    for name, check in CHECKS.items():
-        try:
-            check('cpu')
-            failures[name] = None
-        except Exception:
-            failures[name] = traceback.format_exc()
-    print(json.dumps(failures))
-    sys.exit()
+    print(json.dumps(outcomes({name: partial(check, 'cpu') for name, check in CHECKS.items()})))

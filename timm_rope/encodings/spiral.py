@@ -8,6 +8,7 @@ from torch import Tensor
 from .._checks import check_flag, check_integer, check_positive
 from ..positions.scaling import RULES
 from ..rotations import PairRotation
+from ..rotations.base import by_rows
 from ._base import RotaryEncoding
 from ._frequencies import geometric
 
@@ -105,7 +106,7 @@ class ClampedPairRotation(PairRotation):
 @torch.fx.wrap
 def clamped_pair_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
     wide = freqs.to(y.dtype)  # coordinates come in the widest dtype there is
-    x = x if x.ndim == 2 else x.unsqueeze(0)
+    x = by_rows(x)
     row, column = 0.5 * (y[0] + y[-1]), 0.5 * (x[0, 0] + x[-1, -1])
     theta = wide.square().sum(0).sqrt()
     half = theta.shape[-1] // 2

@@ -21,7 +21,6 @@ from . import guard, routes
 ROUTES: Dict[str, str] = {'cuda': 'triton'}  # type of device -> route that graphs on it call
 CLASSES = {cls.kind: cls for cls in (PairRotation, TripletRotation, BlockRotation)}
 Tensors = Tuple[Tensor, Tensor, Tensor]
-Description = Tuple[str, int, str, int, int, str]
 
 
 def route_for(qkv: Tensor, payload: Tensor, rotation: Rotation, num_heads: int) -> str:
@@ -29,14 +28,13 @@ def route_for(qkv: Tensor, payload: Tensor, rotation: Rotation, num_heads: int) 
     if qkv.device.type not in ROUTES or not rotation.kind or recording() or transformed():
         return ''
     return _that_works(
-        qkv.device, qkv.dtype, payload.dtype, payload.shape[-3] == 1, payload.ndim == 4, rotation.head_dim,
-        num_heads, rotation.kind, rotation.groups, rotation.size, getattr(rotation, 'order', ''))
+        qkv.device, qkv.dtype, payload.dtype, payload.shape[-3] == 1, payload.ndim == 4, num_heads, *describe(rotation))
 
 
 @constant_in_graphs
 def _that_works(
         device: torch.device, dtype: torch.dtype, payload_dtype: torch.dtype, shared: bool, per_image: bool,
-        head_dim: int, num_heads: int, kind: str, groups: int, size: int, order: str) -> str:
+        num_heads: int, kind: str, head_dim: int, groups: int, size: int, order: str) -> str:
     """Try the route on its device, in eager mode, while the graph waits."""
     name, choice = ROUTES[device.type], routes.kernel_choice()
     route = routes.load_route(name) if choice in ('auto', name) else None
@@ -57,6 +55,11 @@ def _that_works(
     return name
 
 
+def describe(rotation: Rotation) -> Tuple[str, int, int, int, str]:
+    """What `make_rotation` makes the same rotation of."""
+    return rotation.kind, rotation.head_dim, rotation.groups, rotation.size, getattr(rotation, 'order', '')
+
+
 @cache
 def make_rotation(kind: str, head_dim: int, groups: int, size: int, order: str) -> Rotation:
     """A rotation by what describes it, since operators take no modules."""
@@ -67,9 +70,7 @@ def make_rotation(kind: str, head_dim: int, groups: int, size: int, order: str) 
 
 def rotate(qkv: Tensor, payload: Tensor, rotation: Rotation, num_heads: int, route: str) -> Tensors:
     """`kernels.rotate` by the operators below."""
-    described = (
-        route, num_heads, rotation.kind, rotation.head_dim, rotation.groups, rotation.size,
-        getattr(rotation, 'order', ''))
+    described = route, num_heads, *describe(rotation)
     if torch.is_grad_enabled() and (qkv.requires_grad or payload.requires_grad):
         return turned(qkv, payload, *described)  # type: ignore[no-any-return]
     turn_(qkv, payload, *described)
