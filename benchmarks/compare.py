@@ -1,6 +1,6 @@
 """Compare encodings: the same small ViT with each of them and with APE, one recipe, several seeds.
 
-    python benchmarks/compare.py results                # directions and Fashion-MNIST, half an hour on 2 cores
+    python benchmarks/compare.py results                # directions, Fashion-MNIST, photographs: hours on 2 cores
     python benchmarks/compare.py results --budget 10    # fewer steps, so that it takes 10 minutes
     python benchmarks/compare.py results --tasks cifar100 --data-dir DIR
 
@@ -97,6 +97,8 @@ class Comparison:
         for name in args.tasks:
             task = open_task(name, args.data_dir, str(args.device), args.data_workers)
             steps_per_epoch(task.train_count, wanted[name].batch_size)
+            for size in wanted[name].sizes:
+                next(iter(task.test_batches(size, 1)))  # not every size can be had from photographs
             about = dict(about=task.describe(), scale=args.scale, recipe=asdict(wanted[name]))
             before = self.tasks.setdefault(name, about)
             if {**before, 'recipe': None} != {**about, 'recipe': None}:
@@ -178,7 +180,8 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='for results; made if there is none')
     parser.add_argument('--tasks', nargs='+', choices=TASKS, metavar='NAME',
-                        help=f'some of {", ".join(TASKS)} (default: direction and fashion, or digits)')
+                        help=f'some of {", ".join(TASKS)} (default: direction, fashion or digits, and photos '
+                             f'where there are some)')
     parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=METHODS + MORE, metavar='NAME',
                         help=f'some of {", ".join(METHODS)} (these are the default), {" and ".join(MORE)}')
     parser.add_argument('--seeds', type=integer_from(1), default=3, metavar='N', help='runs of each (default: 3)')
@@ -187,7 +190,8 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('--steps', type=integer_from(POINTS), metavar='N', help="updates (default: the recipe's)")
     parser.add_argument('--batch-size', type=integer_from(1), metavar='N', help="(default: the recipe's)")
     parser.add_argument('--sizes', nargs='+', type=integer_from(1), metavar='N',
-                        help='image sizes, that of training first, every rule at the second (default: as the recipe)')
+                        help='image sizes, that of training first; every rule from twice that on (default: as the '
+                             'recipe)')
     parser.add_argument('--patch-size', type=integer_from(1), metavar='N', help="(default: the recipe's)")
     parser.add_argument('--data-dir', type=Path, metavar='DIR', help='with the files of the one task that needs some')
     parser.add_argument('--device', type=device_of, default='cuda' if torch.cuda.is_available() else 'cpu',
@@ -206,7 +210,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     if args.sizes is not None:
         args.sizes = tuple(args.sizes)
         if len(args.sizes) < 2:
-            parser.error('--sizes must be two or more, that of training and one that all rules are tried at')
+            parser.error('--sizes must be two or more, that of training and larger ones')
     if args.budget is not None and args.steps is not None:
         parser.error('--budget chooses the steps: leave out --steps, or --budget')
     files = [name for name in args.tasks or () if name not in ('direction', 'digits')]
@@ -220,12 +224,17 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 
 def default_tasks(device: torch.device) -> List[str]:
-    try:
-        open_task('fashion', None, str(device), 0)
-    except NoImages as error:
-        print(f'{error}\nTaking the digits instead.', file=sys.stderr)
-        return ['direction', 'digits']
-    return ['direction', 'fashion']
+    """Directions, Fashion-MNIST or else the digits, and photographs where there are some."""
+    def there(name: str, instead: str) -> bool:
+        try:
+            open_task(name, None, str(device), 0)
+        except NoImages as error:
+            print(f'{error}\n{instead}', file=sys.stderr)
+            return False
+        return True
+
+    fashion = there('fashion', 'Taking the digits instead.')
+    return ['direction', 'fashion' if fashion else 'digits', *['photos'] * there('photos', 'Leaving them out.')]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

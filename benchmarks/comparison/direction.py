@@ -58,6 +58,7 @@ class Direction:
 
     num_classes = DIRECTIONS
     in_chans = 1
+    turnable = False  # the answer would turn, too
     train_count = sys.maxsize
     groups = {
         'along an axis': tuple(range(0, DIRECTIONS, DIRECTIONS // 4)),

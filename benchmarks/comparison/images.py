@@ -1,4 +1,5 @@
 """Tasks with real images: small sets that fit in memory, and folders and CIFAR-100 by way of timm's data sets."""
+import math
 import random
 from pathlib import Path
 from typing import Dict, Iterator, Optional, Tuple
@@ -27,6 +28,17 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return count // batch_size
 
 
+def turn(images: Tensor, degrees: float) -> Tensor:
+    """Images (N, C, size, size) turned counter-clockwise about their middle; their border goes on outside."""
+    if not degrees:
+        return images
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # the grid says where each pixel of the result comes from, and y points down
+    matrix = images.new_tensor([[cos, -sin, 0], [sin, cos, 0]]).expand(len(images), 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode='bilinear', padding_mode='border', align_corners=False)
+
+
 class SmallImages:
     """Fashion-MNIST or scikit-learn's digits, all in memory; larger test images are enlarged ones (bicubic).
 
@@ -37,6 +49,7 @@ class SmallImages:
 
     num_classes = 10
     in_chans = 1
+    turnable = True
     groups: Dict[str, Tuple[int, ...]] = {}
 
     def __init__(self, source: str, folder: Optional[Path], device: torch.device) -> None:
@@ -62,11 +75,11 @@ class SmallImages:
             images = random_crops((self._resized(self.train_images[index], size) - self.mean) / self.std, crops)
             yield images, self.train_labels[index]
 
-    def test_batches(self, size: int, limit: int) -> Batches:
+    def test_batches(self, size: int, limit: int, degrees: float = 0.) -> Batches:
         images, labels = self.images.test_images[:limit], self.images.test_labels[:limit]
         for some, right in zip(images.split(BATCH), labels.split(BATCH)):
             some = self._resized(some.to(self.device, torch.float32) / 255, size)
-            yield (some - self.mean) / self.std, right.to(self.device)
+            yield turn((some - self.mean) / self.std, degrees), right.to(self.device)
 
     def _resized(self, x: Tensor, size: int) -> Tensor:
         if x.shape[-1] == size:
@@ -91,6 +104,7 @@ class Loaded:
     """
 
     in_chans = 3
+    turnable = True
     groups: Dict[str, Tuple[int, ...]] = {}
 
     def __init__(self, dataset: str, folder: Path, device: torch.device, workers: int) -> None:
@@ -141,8 +155,8 @@ class Loaded:
                 if first <= step < steps:
                     yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
-    def test_batches(self, size: int, limit: int) -> Batches:
+    def test_batches(self, size: int, limit: int, degrees: float = 0.) -> Batches:
         self.test.transform = create_transform(
             (3, size, size), interpolation='bicubic', crop_pct=1. if self.cifar else .875)
         for images, labels in DataLoader(Subset(self.test, self.order[:limit]), BATCH, num_workers=self.workers):
-            yield images.to(self.device), labels.to(self.device)
+            yield turn(images.to(self.device), degrees), labels.to(self.device)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .direction import Direction
 from .images import Loaded, SmallImages
+from .photos import Photos
 from .recipe import Recipe
 from .training import run
 
@@ -52,6 +53,8 @@ def open_task(name: str, data_dir: Optional[Path], device: str, workers: int) ->
     if name in ('fashion', 'digits'):
         fashion = name == 'fashion'
         return SmallImages('fashion_mnist' if fashion else name, data_dir if fashion else None, where)
+    if name == 'photos':
+        return Photos(data_dir, where)
     if data_dir is None:
         raise ValueError(f'the task {name} needs --data-dir, the folder with its images')
     return Loaded('torch/cifar100' if name == 'cifar100' else '', data_dir, where, workers)

@@ -23,30 +23,42 @@ def task_tables(task: str, about: Dict[str, Any], rows: Rows) -> List[str]:
     methods = list(dict.fromkeys(row['method'] for row in rows))
     of = {method: [row for row in rows if row['method'] == method] for method in methods}
     groups = list(rows[0]['tests'][0]['groups'])
+    turned = next((test['turned'] for test in rows[0]['tests'] if test['turned']), None)
     heads = [f'{sizes[0]} px', *groups, *(f'{size} px' for size in sizes[1:])]
+    heads += [] if turned is None else [f'turned by {turned:g}°']
     lines = []
     for method in methods:
         cells = [spread(of[method], lambda row: accuracy(find(row, sizes[0])))]
         cells += [spread(of[method], lambda row, g=group: share(find(row, sizes[0])['groups'][g])) for group in groups]
         cells += [spread(of[method], lambda row, s=size: accuracy(find(row, s))) for size in sizes[1:]]
+        cells += [] if turned is None else [
+            spread(of[method], lambda row: accuracy(find(row, sizes[0], turned)))]
         lines.append([f'`{method}`', *cells, str(len(of[method]))])
     out = [f'**{task}**: {about["about"]}', table(['', *heads, 'seeds'], lines)]
-
-    def rules_of(row: Row) -> Dict[str, float]:
-        return {rule_name(t): accuracy(t) for t in row['tests'] if t['size'] == sizes[1] and t['rule'] is not None}
-
-    names = list(dict.fromkeys(name for row in rows for name in rules_of(row)))
-    lines = [[f'`{method}`', *(
-        spread(of[method], lambda row, n=name: rules_of(row)[n]) if name in rules_of(of[method][0]) else '-'
-        for name in names)] for method in methods if rules_of(of[method][0])]
-    if lines:
-        out += [f'**{task}** at {sizes[1]} px, by rule', table(['', *names], lines)]
+    for size in sizes[1:]:
+        out += rule_table(task, size, of)
     return out
 
 
-def find(row: Row, size: int) -> Row:
+def rule_table(task: str, size: int, of: Dict[str, List[Row]]) -> List[str]:
+    """Accuracies at a size by every rule that was tried there, for the methods that have rules."""
+    def rules_of(row: Row) -> Dict[str, float]:
+        return {rule_name(t): accuracy(t) for t in row['tests'] if t['size'] == size and t['rule'] is not None}
+
+    names = list(dict.fromkeys(name for rows in of.values() for row in rows for name in rules_of(row)))
+    if len(names) < 2:
+        return []
+    lines = [[f'`{method}`', *(
+        spread(rows, lambda row, n=name: rules_of(row)[n]) if name in rules_of(rows[0]) else '-'
+        for name in names)] for method, rows in of.items() if rules_of(rows[0])]
+    return [f'**{task}** at {size} px, by rule', table(['', *names], lines)]
+
+
+def find(row: Row, size: int, turned: float = 0.) -> Row:
     """The test at a size by the rule that needs no choice."""
-    return next(t for t in row['tests'] if t['size'] == size and t['rule'] in (None, 'extrapolate') and not t['log_n'])
+    return next(
+        t for t in row['tests'] if (t['size'], t['turned'], t['log_n']) == (size, turned, False)
+        and t['rule'] in (None, 'extrapolate'))
 
 
 def rule_name(row: Row) -> str:

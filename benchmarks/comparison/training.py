@@ -161,11 +161,13 @@ class Training:
 
 @torch.inference_mode()
 def test(
-        model: Any, task: Any, size: int, limit: int, groups: Optional[Dict[str, List[int]]] = None) -> Tuple[int, int]:
-    """Right answers and images at a size; `groups` gets the same of each group of classes."""
+        model: Any, task: Any, size: int, limit: int, groups: Optional[Dict[str, List[int]]] = None,
+        degrees: float = 0.) -> Tuple[int, int]:
+    """Right answers and images at a size, turned by `degrees`; `groups` gets the same of each group of classes."""
     model.eval()
     right, count = 0, 0
-    for images, labels in task.test_batches(size, limit):
+    turned = dict(degrees=degrees) if degrees else {}
+    for images, labels in task.test_batches(size, limit, **turned):
         with autocast(task.device):
             hits = model(images).argmax(1) == labels
         right, count = right + int(hits.sum()), count + len(labels)
@@ -178,17 +180,22 @@ def test(
 
 
 def test_rules(model: Any, task: Any, recipe: Recipe) -> Iterator[Row]:
-    """Right answers at every size, at the second one by every rule that the encoding can follow."""
-    for number, size in enumerate(recipe.sizes):
-        rules: List[Tuple[Optional[str], bool]] = [('extrapolate', False)]
-        if model.rope is None:
-            rules = [(None, False)]
-        elif number == 1:
-            rules = list(itertools.product(model.rope.scalings, (False, True)))
-        limit = recipe.test_images if number == 0 else recipe.test_images // 2
-        for rule, log_n in rules:
-            if rule is not None:
-                model.set_rope_scaling(rule, log_n=log_n)
-            groups: Dict[str, List[int]] = {}
-            right, count = test(model, task, size, limit, groups)
-            yield dict(size=size, rule=rule, log_n=log_n, right=right, images=count, groups=groups)
+    """Right answers at every size, from twice that of training on by every rule that the encoding can follow.
+
+    Where the answer is the same for a turned image, turned ones of the size of training are the last test.
+    """
+    plain: List[Tuple[Optional[str], bool]] = [(None if model.rope is None else 'extrapolate', False)]
+    tests = [
+        (size, rule, log_n, 0.) for size in recipe.sizes
+        for rule, log_n in (
+            plain if model.rope is None or size < 2 * recipe.sizes[0]
+            else itertools.product(model.rope.scalings, (False, True)))]
+    if task.turnable and recipe.turned:
+        tests += [(recipe.sizes[0], rule, log_n, recipe.turned) for rule, log_n in plain]
+    for size, rule, log_n, degrees in tests:
+        if rule is not None:
+            model.set_rope_scaling(rule, log_n=log_n)
+        limit = recipe.test_images if size == recipe.sizes[0] else recipe.test_images // 2
+        groups: Dict[str, List[int]] = {}
+        right, count = test(model, task, size, limit, groups, degrees)
+        yield dict(size=size, rule=rule, log_n=log_n, turned=degrees, right=right, images=count, groups=groups)
