@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, Subset
 from timm_rope.cli.demo.command import random_crops
 from timm_rope.cli.demo.images import load_images
 
+from .training import Classification
+
 BATCH = 250
 Batches = Iterator[Tuple[Tensor, Tensor]]
 
@@ -27,7 +29,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return count // batch_size
 
 
-class SmallImages:
+class SmallImages(Classification):
     """Fashion-MNIST or scikit-learn's digits, all in memory; larger test images are enlarged ones (bicubic).
 
     Raises:
@@ -75,7 +77,7 @@ class SmallImages:
         return F.interpolate(x, (size, size), mode='bicubic').clamp(0, 1)
 
 
-class Loaded:
+class Loaded(Classification):
     """Images that timm reads: CIFAR-100 as torchvision stores it, or a folder with `train` and `val`.
 
     Random crops, flips and 3-Augment in training, as arXiv 2511.08368; for the test a resized centre crop.
