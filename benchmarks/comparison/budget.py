@@ -6,7 +6,7 @@ from typing import Dict, List, Tuple
 
 from .jobs import Job, task_of
 from .recipe import Recipe
-from .training import CURVE_IMAGES, POINTS, Training, build, test, test_rules
+from .training import CURVE_IMAGES, POINTS, Training
 
 RESERVE = .85  # share of a budget that is planned for: other programs may need the machine, too
 TRIED = 200  # test images
@@ -51,7 +51,7 @@ def within_budget(jobs: List[Job], minutes: float, workers: int, chosen: Dict[st
 def seconds_of(job: Job, steps: int = 8) -> Tuple[float, float]:
     """Seconds of one step, and of all tests of a run, tried for a moment."""
     task, recipe = task_of(job), replace(job.recipe, steps=steps + 2)
-    training = Training(build(job.method, task, recipe, 0), recipe)
+    training = Training(task.build(job.method, recipe, 0), recipe, task)
     begin = 0.
     for images, labels in task.train_batches(0, 0, recipe.steps, recipe.batch_size, recipe.sizes[0]):
         if training.step == 2:  # warm
@@ -61,8 +61,8 @@ def seconds_of(job: Job, steps: int = 8) -> Tuple[float, float]:
     step = (time.perf_counter() - begin) / steps
     begin = time.perf_counter()
     few = min(job.recipe.test_images, TRIED)
-    test(training.model, task, recipe.sizes[0], few)
+    task.score(training.model, replace(recipe, test_images=few))
     curve = (time.perf_counter() - begin) * min(CURVE_IMAGES, job.recipe.test_images) / few * POINTS
     begin = time.perf_counter()
-    list(test_rules(training.model, task, replace(recipe, test_images=few)))
+    list(task.tests(training.model, replace(recipe, test_images=few)))
     return step, curve + (time.perf_counter() - begin) * job.recipe.test_images / few

@@ -11,6 +11,8 @@ from typing import Iterator, Tuple
 import torch
 from torch import Tensor
 
+from .training import Classification
+
 DIRECTIONS = 16
 BATCH = 250  # test scenes drawn at a time
 
@@ -53,7 +55,7 @@ def render(scenes: Tensor, size: int) -> Tensor:
     return 3 * (discs[:, :1] - discs[:, 1:])
 
 
-class Direction:
+class Direction(Classification):
     """The task for `training.run`."""
 
     num_classes = DIRECTIONS

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Subset
 from timm_rope.cli.demo.command import random_crops
 from timm_rope.cli.demo.images import load_images
 
+from .training import Classification
+
 BATCH = 250
 Batches = Iterator[Tuple[Tensor, Tensor]]
 
@@ -39,7 +41,7 @@ def turn(images: Tensor, degrees: float) -> Tensor:
     return F.grid_sample(images, grid, mode='bilinear', padding_mode='border', align_corners=False)
 
 
-class SmallImages:
+class SmallImages(Classification):
     """Fashion-MNIST or scikit-learn's digits, all in memory; larger test images are enlarged ones (bicubic).
 
     Raises:
@@ -88,7 +90,7 @@ class SmallImages:
         return F.interpolate(x, (size, size), mode='bicubic').clamp(0, 1)
 
 
-class Loaded:
+class Loaded(Classification):
     """Images that timm reads: CIFAR-100 as torchvision stores it, or a folder with `train` and `val`.
 
     Random crops, flips and 3-Augment in training, as arXiv 2511.08368; for the test a resized centre crop.

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from tqdm import tqdm
@@ -20,24 +20,6 @@ from .training import run
 
 Row = Dict[str, Any]
 _position = 1  # line of the progress bar of this process, below the one of all runs
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: everything a process needs to know."""
-    task: str
-    method: str
-    seed: int
-    recipe: Recipe
-    device: str
-    folder: Path
-    data_dir: Optional[Path]
-    data_workers: int
-    deadline: Optional[float] = None  # seconds since the epoch
-
-    @property
-    def unfinished(self) -> Path:
-        return self.folder / 'unfinished' / f'{self.task}-{self.method}-{self.seed}.pt'
 
 
 @functools.lru_cache(maxsize=1)
@@ -60,8 +42,27 @@ def open_task(name: str, data_dir: Optional[Path], device: str, workers: int) ->
     return Loaded('torch/cifar100' if name == 'cifar100' else '', data_dir, where, workers)
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run: everything a process needs to know."""
+    task: str
+    method: str
+    seed: int
+    recipe: Recipe
+    device: str
+    folder: Path
+    data_dir: Optional[Path]
+    data_workers: int
+    deadline: Optional[float] = None  # seconds since the epoch
+    opener: Callable[..., Any] = open_task  # makes the task, in the process that runs it
+
+    @property
+    def unfinished(self) -> Path:
+        return self.folder / 'unfinished' / f'{self.task}-{self.method}-{self.seed}.pt'
+
+
 def task_of(job: Job) -> Any:
-    return open_task(job.task, job.data_dir, job.device, job.data_workers)
+    return job.opener(job.task, job.data_dir, job.device, job.data_workers)
 
 
 def run_job(job: Job) -> Optional[Row]:

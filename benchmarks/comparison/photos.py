@@ -13,7 +13,7 @@ that the photograph really holds, and one that is turned is cut out of the turne
 import math
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor
 from timm_rope.cli.demo.images import NoImages
 
 from .images import turn
+from .training import Classification
 
 DEBIAN_FOLDER = Path('/usr/share/backgrounds/mate/nature')
 FIELDS = (1 / 6, 1 / 5, 1 / 4)  # three squares side by side, parts of the picture's height
@@ -31,7 +32,7 @@ TEST_SEED = 2**40  # not reached by the seeds of training
 BATCH = 250
 
 
-class Photos:
+class Photos(Classification):
     """The task for `training.run`.
 
     Args:
@@ -62,6 +63,14 @@ class Photos:
     def describe(self) -> str:
         return f'two squares of one of {len(self.pictures)} photographs, on which side of the first the second lay'
 
+    def check_sizes(self, sizes: Sequence[int]) -> None:
+        """Raise a ValueError if images of one of the sizes cannot be had: it is odd, or larger than pictures hold."""
+        for size in sizes:
+            if size % 2:
+                raise ValueError(f'images of two squares need an even size, got {size}: --sizes')
+            for field in FIELDS:
+                self._pictures_for(3 * size // 2, field)
+
     def train_batches(self, seed: int, first: int, steps: int, batch_size: int, size: int) -> Iterator[
             Tuple[Tensor, Tensor]]:
         for step in range(first, steps):
@@ -73,14 +82,8 @@ class Photos:
             yield self._batch(min(BATCH, limit - done), size, TEST_SEED + number, test=True, degrees=degrees)
 
     def _batch(self, count: int, size: int, seed: int, test: bool, degrees: float) -> Tuple[Tensor, Tensor]:
-        """Images (count, 1, size, size) and labels (count), the same scenes at every size.
-
-        Raises:
-            ValueError: The size is odd, or larger than the pictures hold.
-        """
-        half, odd = divmod(size, 2)
-        if odd:
-            raise ValueError(f'images of two squares need an even size, got {size}: --sizes')
+        """Images (count, 1, size, size) and labels (count), the same scenes at every even size."""
+        half = size // 2
         random = torch.Generator().manual_seed(seed)
         labels = torch.randint(len(SIDES), (count,), generator=random)
         crops = self._crops(count, 3 * half, random, test, degrees).to(self.device)

@@ -22,7 +22,7 @@ class Recipe:
         weight_decay: Of AdamW.
         test_images: At the size of training. At most so many, half of them at larger sizes.
         turned: Degrees by which test images of the size of training are turned in one more test, where the answer
-            stays the same.
+            stays the same; 0 for no such test.
     """
     sizes: Tuple[int, ...]
     patch_size: int
@@ -34,7 +34,7 @@ class Recipe:
     learning_rate: float
     weight_decay: float = .05
     test_images: int = 2000
-    turned: float = 30.
+    turned: float = 0.
 
     def model_kwargs(self) -> Dict[str, Any]:
         """Arguments of timm.create_model; LayerScale starts at 1, from 1e-4 a short run gets nowhere."""
@@ -48,9 +48,9 @@ def read_recipe(values: Dict[str, Any]) -> Recipe:
     return Recipe(**{**values, 'sizes': tuple(values['sizes'])})
 
 
-TINY: Dict[str, Any] = dict(embed_dim=48, num_heads=2, depth=3, batch_size=64, learning_rate=2e-3)
+TINY: Dict[str, Any] = dict(embed_dim=48, num_heads=2, depth=3, batch_size=64, learning_rate=2e-3, turned=30.)
 SMALL: Dict[str, Any] = dict(
-    embed_dim=384, num_heads=8, depth=8, batch_size=512, learning_rate=1e-3, test_images=10_000)
+    embed_dim=384, num_heads=8, depth=8, batch_size=512, learning_rate=1e-3, test_images=10_000, turned=30.)
 RECIPES: Dict[str, Dict[str, Recipe]] = {
     'small': {
         'direction': Recipe(sizes=(20, 40, 60), patch_size=4, steps=1000, **TINY),

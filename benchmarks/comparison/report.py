@@ -114,19 +114,32 @@ def plot_curves(path: Path, rows: Rows, tasks: Dict[str, Any]) -> None:
 
 
 def _draw(path: Path, rows: Rows, tasks: Dict[str, Any], draw: Callable[..., None]) -> None:
+    panels = {task: [row for row in rows if row['task'] == task] for task in tasks}
+    draw_panels(path, panels, dict.fromkeys(tasks, 'right answers, %'), draw)
+
+
+def draw_panels(path: Path, panels: Dict[str, Rows], labels: Dict[str, str], draw: Callable[..., None]) -> None:
+    """Draw panels side by side, one colour for each method.
+
+    Args:
+        path: PNG file.
+        panels: Rows by title; those without rows are left out.
+        labels: Of the vertical axis, by title.
+        draw: Function of axes, title, method, the rows of the method and the style of its lines.
+    """
     from matplotlib.figure import Figure
 
-    shown = [task for task in tasks if any(row['task'] == task for row in rows)]
+    shown = {title: rows for title, rows in panels.items() if rows}
     figure = Figure(figsize=(2 + 4.5 * len(shown), 4), layout='constrained')
-    methods = list(dict.fromkeys(row['method'] for row in rows))
-    for number, task in enumerate(shown, 1):
+    methods = list(dict.fromkeys(row['method'] for rows in shown.values() for row in rows))
+    for number, (title, rows) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(1, len(shown), number)
         for index, method in enumerate(methods):
-            runs = [row for row in rows if (row['task'], row['method']) == (task, method)]
+            runs = [row for row in rows if row['method'] == method]
             if runs:
-                draw(axes, task, method, runs, dict(color=f'C{index}', ls='--' if method in ('ape', 'none') else '-'))
-        axes.set_title(task)
-        axes.set_ylabel('right answers, %')
+                draw(axes, title, method, runs, dict(color=f'C{index}', ls='--' if method in ('ape', 'none') else '-'))
+        axes.set_title(title)
+        axes.set_ylabel(labels[title])
         axes.grid(alpha=.3)
     known = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(known.values(), known.keys(), loc='outside right upper')

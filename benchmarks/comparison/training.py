@@ -37,6 +37,37 @@ def build(method: str, task: Any, recipe: Recipe, seed: int) -> Any:
     return model.to(task.device).train()
 
 
+def loss_of(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of logits (N, classes, ...) and labels (N, ...); labels of -100 do not count."""
+    with autocast(images.device):
+        logits = forward(images)
+    return F.cross_entropy(logits.float(), labels)
+
+
+class Classification:
+    """What tasks with one label for each image share; other tasks have these four of their own.
+
+    Attributes:
+        compiled: Whether models can be compiled as a whole.
+    """
+
+    compiled = True
+    loss = staticmethod(loss_of)
+
+    def build(self, method: str, recipe: Recipe, seed: int) -> nn.Module:
+        """A model in training mode."""
+        return build(method, self, recipe, seed)
+
+    def score(self, model: nn.Module, recipe: Recipe) -> Row:
+        """Figures of one point of a learning curve."""
+        right, count = test(model, self, recipe.sizes[0], min(CURVE_IMAGES, recipe.test_images))
+        return dict(accuracy=right / count)
+
+    def tests(self, model: nn.Module, recipe: Recipe) -> Iterator[Row]:
+        """Rows of all tests of a model that is trained."""
+        return test_rules(model, self, recipe)
+
+
 def run(
         task: Any, method: str, seed: int, recipe: Recipe, unfinished: Optional[Path] = None,
         stop: Callable[[], bool] = lambda: False, **bar: Any,
@@ -44,7 +75,7 @@ def run(
     """Train and test one model.
 
     Args:
-        task: Gives batches.
+        task: Gives batches, and says how its models are built, taught and tested (`Classification`).
         method: Encoding, 'ape' or 'none'.
         seed: Of initial weights and of batches, which are thus the same for every method.
         recipe: The rest.
@@ -56,8 +87,8 @@ def run(
         Plain JSON values; None if training was stopped.
     """
     begin = time.perf_counter()
-    model = build(method, task, recipe, seed)
-    training = Training(model, recipe)
+    model = task.build(method, recipe, seed)
+    training = Training(model, recipe, task)
     if unfinished is not None:
         training.load(unfinished)
     begin -= training.seconds
@@ -73,14 +104,13 @@ def run(
             if training.step % every == 0 or training.step == recipe.steps:
                 loss = training.mean_loss()
                 progress.set_postfix(loss=f'{loss:.3f}', refresh=False)
-                right, count = test(model, task, recipe.sizes[0], min(CURVE_IMAGES, recipe.test_images))
-                training.curve.append(dict(step=training.step, loss=loss, accuracy=right / count))
+                training.curve.append(dict(step=training.step, loss=loss, **task.score(model, recipe)))
                 if unfinished is not None and training.step < recipe.steps:
                     training.seconds = time.perf_counter() - begin
                     training.save(unfinished)
                     if stop():
                         return None
-    tests = list(test_rules(model, task, recipe))
+    tests = list(task.tests(model, recipe))
     if unfinished is not None:
         unfinished.unlink(missing_ok=True)
     return dict(
@@ -91,10 +121,11 @@ def run(
 class Training:
     """AdamW with a warm-up over a tenth of the steps and cosine decay; on a GPU compiled and in bfloat16."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.model, self.recipe = model, recipe
+    def __init__(self, model: nn.Module, recipe: Recipe, task: Any = Classification) -> None:
+        self.model, self.recipe, self.loss = model, recipe, task.loss
         self.device = next(model.parameters()).device
-        self.forward: Any = torch.compile(model, dynamic=False) if self.device.type == 'cuda' else model
+        compiled = task.compiled and self.device.type == 'cuda'
+        self.forward: Any = torch.compile(model, dynamic=False) if compiled else model
         self.optimizer, self.scheduler = set_up(
             model, recipe.steps, recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.step = 0
@@ -102,11 +133,9 @@ class Training:
         self.curve: List[Row] = []
         self.losses: List[Tensor] = []
 
-    def update(self, images: Tensor, labels: Tensor) -> None:
+    def update(self, images: Any, labels: Any) -> None:
         self.model.train()
-        with autocast(self.device):
-            logits = self.forward(images)
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = self.loss(self.forward, images, labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -9,6 +9,7 @@ import compare
 import pytest
 from comparing import TINY, command, content_of, runs_of
 from comparison import budget, jobs, training
+from comparison import command as comparison_command
 
 
 def fixed_seconds(monkeypatch, step, tests):
@@ -32,7 +33,7 @@ def test_a_budget_chooses_steps_that_fit(thousands, tmp_path, monkeypatch):
     pytest.importorskip('sklearn')
     fixed_seconds(monkeypatch, .5, 3.)
     planned = []
-    monkeypatch.setattr(compare, 'results_of', lambda jobs, workers: planned.extend(jobs) or iter(()))
+    monkeypatch.setattr(comparison_command, 'results_of', lambda jobs, workers: planned.extend(jobs) or iter(()))
     for minutes, workers in ((3., 1), (2., 4)):
         planned.clear()
         args = ['--device', 'cpu', '--tasks', 'direction', 'digits', '--methods', 'axial', 'ape', '--seeds', '3']
@@ -57,7 +58,7 @@ def test_a_budget_leaves_tasks_that_there_are_results_of(thousands, tmp_path, mo
     assert command(tmp_path, '--steps', '12', methods=('ape',)) == 0
     fixed_seconds(monkeypatch, .5, 3.)
     planned = []
-    monkeypatch.setattr(compare, 'results_of', lambda jobs, workers: planned.extend(jobs) or iter(()))
+    monkeypatch.setattr(comparison_command, 'results_of', lambda jobs, workers: planned.extend(jobs) or iter(()))
     assert command(tmp_path, '--budget', '2', tasks=('direction', 'digits')) == 0
     steps = {job.task: job.recipe.steps for job in planned}
     assert steps['direction'] == 12 and .75 * 120 < .5 * (12 + 2 * steps['digits']) + 3 * 3 < 120
@@ -138,7 +139,6 @@ def test_seconds_are_those_of_all_images(monkeypatch, tmp_path):
 
     monkeypatch.setattr(training.Training, 'update', counted)
     monkeypatch.setattr(training, 'test', tested)
-    monkeypatch.setattr(budget, 'test', tested)
     recipe = replace(TINY['direction'], test_images=1200)
     job = jobs.Job('direction', 'mixed', 0, recipe, 'cpu', tmp_path, None, 0)
     step, tests = budget.seconds_of(job)

@@ -1,4 +1,5 @@
 """Tables and plots of the comparison of encodings, and the command as a user runs it."""
+import importlib.util
 import itertools
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 from comparing import CPU, RULES, command, content_of, runs_of, without_seconds
 from comparison import training
+from comparison.command import recipe_of
 from comparison.direction import Direction
 from comparison.report import plot_accuracy, plot_curves, tables
 
@@ -132,9 +134,9 @@ def test_the_command_draws_plots_or_says_why_not(done, monkeypatch, capsys):
     (done / 'accuracy.png').unlink()
     (done / 'curves.png').unlink()
     capsys.readouterr()
-    find = compare.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        compare.importlib.util, 'find_spec', lambda name, *args: None if name == 'matplotlib' else find(name, *args))
+        importlib.util, 'find_spec', lambda name, *args: None if name == 'matplotlib' else find(name, *args))
     assert command(done, methods=('ape',)) == 0
     said = capsys.readouterr().out
     assert "No plots: pip install 'timm_rope[bench]'" in said and '**direction**' in said
@@ -163,7 +165,7 @@ def test_two_runs_at_a_time(tmp_path):
     content = content_of(tmp_path / 'out')
     rows = sorted(content['rows'], key=lambda row: row['method'])  # APE first
     assert content['finished'] and tables(rows, content['settings']['tasks']) in stdout
-    recipe = compare.recipe_of(content['settings']['tasks']['direction'])
+    recipe = recipe_of(content['settings']['tasks']['direction'])
     assert recipe == replace(compare.RECIPES['small']['direction'], steps=10, batch_size=4, sizes=(8, 12))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

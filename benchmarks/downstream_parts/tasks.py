@@ -1,0 +1,135 @@
+"""What models are trained and tested on: scenes in which shapes are to be found, or pixels to be labelled."""
+import sys
+from typing import Any, Dict, Iterator, List, Tuple
+
+import torch
+from comparison.recipe import Recipe
+from comparison.training import loss_of
+from torch import Tensor, nn
+
+from timm_rope.cli.demo.command import autocast
+
+from .measures import Intersections, average_precision
+from .models import detector, segmenter
+from .scenes import CLASSES, draw_scenes, render
+
+Row = Dict[str, Any]
+BATCH = 10  # test images at a time
+RULES = ('extrapolate', 'interpolate')
+TEST_SEED = 0  # no step of training has it
+
+
+class Dense:
+    """What detection and segmentation share: when and by which rules a model is tested.
+
+    A subclass gives `train_batches` and `test_batches`, as the tasks of `comparison` do, `contents`, which may be
+    'same' (larger images show more, as large as in training) and 'enlarged', `build`, `loss` and `measure`.
+    """
+
+    compiled = False
+    train_count = sys.maxsize
+    contents: Tuple[str, ...] = ('same', 'enlarged')
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def score(self, model: nn.Module, recipe: Recipe) -> Row:
+        return {}  # the loss says enough while a model learns
+
+    @torch.inference_mode()
+    def tests(self, model: Any, recipe: Recipe) -> Iterator[Row]:
+        """At the size of training, and at each larger one by every rule and with every content."""
+        vit = self.vit_of(model)
+        for number, size in enumerate(recipe.sizes):
+            for content in self.contents if number else self.contents[:1]:
+                for rule in (None,) if vit.rope is None else RULES if number else RULES[:1]:
+                    if rule is not None:
+                        vit.set_rope_scaling(rule)
+                    limit = recipe.test_images if number == 0 else recipe.test_images // 2
+                    model.eval()
+                    figures = self.measure(model, self.test_batches(size, limit, content, recipe.sizes[0]), size)
+                    yield dict(size=size, content=content, rule=rule, **figures)
+
+
+class Detection(Dense):
+    """Boxes; the figure is COCO's average precision."""
+
+    figure, title = 'ap', 'AP'
+    normalise = False
+
+    def build(self, method: str, recipe: Recipe, seed: int) -> nn.Module:
+        return detector(method, recipe, self.num_classes, self.normalise, seed).to(self.device)
+
+    def vit_of(self, model: Any) -> Any:
+        return model.backbone.body.model
+
+    @staticmethod
+    def loss(forward: Any, images: List[Tensor], targets: List[Dict[str, Tensor]]) -> Tensor:
+        return torch.stack(list(forward(images, targets).values())).sum()
+
+    def measure(self, model: Any, batches: Iterator[Tuple[Any, Any]], size: int) -> Row:
+        # torchvision resizes the images: the shorter side to the first, unless the longer would be above the second
+        model.transform.min_size, model.transform.max_size = (size,), size
+        found, right = [], []
+        for images, targets in batches:
+            found += [{k: v.cpu() for k, v in one.items()} for one in model(images)]
+            right += [{k: v.cpu() for k, v in one.items()} for one in targets]
+        return dict(images=len(found), **average_precision(found, right))
+
+
+class Segmentation(Dense):
+    """A label for every pixel; the figure is the mean intersection over union."""
+
+    figure, title = 'miou', 'mIoU'
+    loss = staticmethod(loss_of)
+
+    def build(self, method: str, recipe: Recipe, seed: int) -> nn.Module:
+        return segmenter(method, recipe, self.num_classes, seed).to(self.device)
+
+    def vit_of(self, model: Any) -> Any:
+        return model.encoder.model
+
+    def measure(self, model: Any, batches: Iterator[Tuple[Any, Any]], size: int) -> Row:
+        counts, images = Intersections(self.num_classes), 0
+        for x, labels in batches:
+            with autocast(self.device):
+                counts.add(model(x).argmax(1), labels)
+            images += len(x)
+        return dict(images=images, miou=counts.mean())
+
+
+class Scenes:
+    """Gives scenes to either of the two."""
+
+    def describe(self) -> str:
+        return f'scenes with {", ".join(CLASSES)}, new ones in every step'
+
+    def train_batches(self, seed: int, first: int, steps: int, batch_size: int, size: int) -> Iterator[Any]:
+        for step in range(first, steps):
+            yield self.batch(batch_size, size, 1., 1_000_003 * (seed + 1) + step)
+
+    def test_batches(self, size: int, limit: int, content: str, trained: int) -> Iterator[Any]:
+        extent = size / trained if content == 'same' else 1.
+        for number in range(0, limit, BATCH):
+            yield self.batch(min(BATCH, limit - number), size, extent, TEST_SEED + number)
+
+    def batch(self, count: int, size: int, extent: float, seed: int) -> Any:
+        raise NotImplementedError
+
+
+class SceneDetection(Scenes, Detection):
+    num_classes = len(CLASSES)
+
+    def batch(self, count: int, size: int, extent: float, seed: int) -> Tuple[List[Tensor], List[Dict[str, Tensor]]]:
+        drawn = render(draw_scenes(count, extent, seed), size, extent, seed)
+        return list(drawn.images.to(self.device)), [
+            dict(boxes=boxes.to(self.device), labels=classes.to(self.device))
+            for boxes, classes in zip(drawn.boxes, drawn.classes)]
+
+
+class SceneSegmentation(Scenes, Segmentation):
+    num_classes = 1 + len(CLASSES)
+
+    def batch(self, count: int, size: int, extent: float, seed: int) -> Tuple[Tensor, Tensor]:
+        drawn = render(draw_scenes(count, extent, seed), size, extent, seed)
+        return drawn.images.to(self.device), drawn.labels.to(self.device)
