@@ -13,6 +13,7 @@ MODEL = dict(embed_dim=24, num_heads=1, depth=1, learning_rate=2e-3, test_images
 TINY = {
     'direction': Recipe(sizes=(8, 16, 12), patch_size=4, steps=10, batch_size=4, **MODEL),
     'digits': Recipe(sizes=(8, 16, 12), patch_size=4, steps=10, batch_size=4, **MODEL),
+    'photos': Recipe(sizes=(8, 16, 12), patch_size=4, steps=10, batch_size=4, turned=30., **MODEL),
     'folder': Recipe(sizes=(16, 32, 24), patch_size=8, steps=10, batch_size=4, **MODEL),
 }
 COLOURS = {'dark': 40, 'light': 220}
@@ -34,6 +35,17 @@ def make_folder(root, counts):
             level = COLOURS.get(Path(name).name, 100)
             Image.effect_noise((20, 20), 30).point(lambda v, level=level: (v + level) // 2).convert('RGB').save(
                 root / name / f'{i}.png')
+    return root
+
+
+def make_photos(root, height=240, width=300):
+    """Folder with two pictures of smooth noise that has no period."""
+    from PIL import Image, ImageFilter
+
+    root.mkdir()
+    for name in 'ab':
+        noise = Image.effect_noise((width, height), 90).filter(ImageFilter.GaussianBlur(4))
+        noise.point(lambda v: min(255, max(0, 8 * v - 900))).save(root / f'{name}.png')
     return root
 
 

@@ -218,11 +218,13 @@ def test_without_fashion_there_are_the_digits(tiny_recipes, tmp_path, monkeypatc
 
     images = SmallImages('digits', None, CPU).images
     monkeypatch.setattr('comparison.images.load_images', load)
+    monkeypatch.setattr('comparison.photos.DEBIAN_FOLDER', tmp_path / 'none')
     monkeypatch.setitem(compare.RECIPES['small'], 'fashion', TINY['digits'])
     jobs.open_task.cache_clear()
     args = ['--device', 'cpu', '--workers', '1', '--methods', 'ape', '--seeds', '1']
     assert compare.main([str(tmp_path), *args]) == 0
-    assert 'There is no network.\nTaking the digits' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert 'There is no network.\nTaking the digits' in said and 'apt-get install mate-backgrounds' in said
     assert runs_of(tmp_path) == [('direction', 'ape', 0), ('digits', 'ape', 0)]
     assert compare.main([str(tmp_path), *args, '--tasks', 'fashion']) == 2  # named, so nothing else will do
     assert 'There is no network.' in capsys.readouterr().err

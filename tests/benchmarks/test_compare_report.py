@@ -24,17 +24,22 @@ from comparison.report import plot_accuracy, plot_curves, tables
 # -- tables and plots
 
 def made_up(task, method, seed, right, groups=False):
-    """A row with `right` answers of 200 at size 8, a half and a fifth of 100 at 16 and 12; rules have one more each."""
+    """A row with `right` answers of 200 at size 8, a half and a fifth of 100 at 16 and 12; rules have one more each.
+
+    Digits are turned, too, with three answers less.
+    """
     rotary = method not in ('ape', 'none')
 
-    def test(size, rule, log_n, right, images):
+    def test(size, rule, log_n, right, images, turned=0.):
         inside = dict(here=[right // 2, images // 2], there=[right - right // 2, images // 2]) if groups else {}
-        return dict(size=size, rule=rule if rotary else None, log_n=log_n, right=right, images=images, groups=inside)
+        return dict(size=size, rule=rule if rotary else None, log_n=log_n, turned=turned, right=right, images=images,
+                    groups=inside)
 
     rules = list(enumerate(RULES[:4] if method == 'liere' else RULES if rotary else [('', False)]))
     tests = [test(8, 'extrapolate', False, right, 200)]
     tests += [test(16, rule, log_n, right // 4 + i, 100) for i, (rule, log_n) in rules]
     tests += [test(12, 'extrapolate', False, right // 5, 100)]
+    tests += [test(8, 'extrapolate', False, right - 3, 200, 30.)] if task == 'digits' else []
     curve = [dict(step=step, loss=1., accuracy=right / 200) for step in (5, 10)]
     return dict(task=task, method=method, seed=seed, curve=curve, tests=tests, seconds=1., parameters=5)
 
@@ -88,7 +93,7 @@ def test_tables_have_means_and_deviations():
     other = table_after(text, '**digits**: all about digits')
     assert list(other['`axial`'].items()) == [
         ('8 px', mean_and_deviation([45, 55])), ('16 px', mean_and_deviation([22, 27])),
-        ('12 px', mean_and_deviation([18, 22])), ('seeds', '2')]
+        ('12 px', mean_and_deviation([18, 22])), ('turned by 30°', mean_and_deviation([43.5, 53.5])), ('seeds', '2')]
 
 
 def test_tables_of_little():
@@ -148,7 +153,7 @@ def test_the_command_draws_plots_or_says_why_not(done, monkeypatch, capsys):
 def start(folder, *args):
     return subprocess.Popen(
         [sys.executable, str(BENCHMARKS / 'compare.py'), str(folder), '--device', 'cpu', '--tasks', 'direction',
-         '--methods', 'axial', 'ape', '--seeds', '1', '--batch-size', '4', '--sizes', '8', '12', '--workers', '2',
+         '--methods', 'axial', 'ape', '--seeds', '1', '--batch-size', '4', '--sizes', '8', '16', '--workers', '2',
          *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -166,7 +171,7 @@ def test_two_runs_at_a_time(tmp_path):
     rows = sorted(content['rows'], key=lambda row: row['method'])  # APE first
     assert content['finished'] and tables(rows, content['settings']['tasks']) in stdout
     recipe = recipe_of(content['settings']['tasks']['direction'])
-    assert recipe == replace(compare.RECIPES['small']['direction'], steps=10, batch_size=4, sizes=(8, 12))
+    assert recipe == replace(compare.RECIPES['small']['direction'], steps=10, batch_size=4, sizes=(8, 16))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -165,7 +165,7 @@ def test_it_learns(digits):
 class Noise:
     """A task whose right answers are those of a model with one rule."""
 
-    in_chans, num_classes, device = 1, 16, CPU
+    in_chans, num_classes, device, turnable = 1, 16, CPU, False
     groups = {'low': tuple(range(6)), 'high': tuple(range(6, 16))}
 
     def __init__(self):
@@ -203,6 +203,31 @@ def test_a_rule_is_right_where_a_model_that_was_set_by_hand_is_right(rule, log_n
         assert sum(v[0] for v in row['groups'].values()) == row['right']
         assert sum(v[1] for v in row['groups'].values()) == row['images']
     assert 0 < rows[0]['groups']['low'][1] < 80
+
+
+def test_every_size_of_at_least_twice_that_of_training_gets_every_rule():
+    recipe = replace(TINY['direction'], sizes=(8, 12, 16, 24), test_images=2)
+    rows = list(training.test_rules(training.build('axial', Direction(CPU), recipe, 0), Direction(CPU), recipe))
+    for size in recipe.sizes:
+        rules = [(r['rule'], r['log_n']) for r in rows if r['size'] == size]
+        assert rules == (RULES if size >= 16 else RULES[:1])
+
+
+def test_images_are_turned_where_the_answer_stays(digits):
+    recipe = replace(TINY['digits'], turned=90., test_images=300)
+    model = training.build('axial', digits, recipe, 0)
+    *rest, row = training.test_rules(model, digits, recipe)
+    assert not any(r['turned'] for r in rest) and row['turned'] == 90 and row['size'] == 8 and row['images'] == 300
+    model.set_rope_scaling('extrapolate')
+    images = torch.rot90(torch.cat([x for x, _ in digits.test_batches(8, 300)]), 1, (2, 3))  # counter-clockwise
+    with torch.inference_mode():
+        answers = model(images).argmax(1)
+    digits.images.test_labels[:300].copy_(answers)  # which an untrained model gets right
+    *_, row = training.test_rules(model, digits, recipe)
+    assert row['right'] == 300 != training.test(model, digits, 8, 300)[0]
+    turned = replace(recipe, turned=30.)
+    assert not any(r['turned'] for r in training.test_rules(
+        training.build('axial', Direction(CPU), turned, 0), Direction(CPU), turned))
 
 
 @pytest.mark.parametrize('method', ['ape', 'none'])

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import CPU, TINY, Recorder, command, content_of, make_folder, runs_of, task_named
+from comparing import CPU, TINY, Recorder, command, content_of, make_folder, make_photos, runs_of, task_named
 from comparison import training
 from comparison.direction import Direction, draw_scenes, render
-from comparison.images import Loaded
+from comparison.images import Loaded, turn
+from comparison.photos import FIELDS, SIDES, Photos
 
 # -- the direction task
 
@@ -82,6 +83,93 @@ def test_groups_are_all_directions():
     assert sorted(itertools.chain(*groups.values())) == list(range(16))
     assert all(math.isclose(math.sin(4 * math.pi * k / 16), 0, abs_tol=1e-9) for k in groups['along an axis'])
     assert len(groups['along an axis']) == 4
+
+
+# -- photographs
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    pytest.importorskip('PIL')
+    return Photos(make_photos(tmp_path_factory.mktemp('photos') / 'data'), CPU)
+
+
+def test_the_two_squares_lie_beside_each_other(photos):
+    """The edges that meet are alike, of the side that the label says more than of all others."""
+    images, labels = next(photos.train_batches(0, 0, 1, 400, 24))
+    assert images.shape == (400, 1, 24, 24) and sorted(labels.unique().tolist()) == list(range(len(SIDES)))
+    first, second = images[:, 0, :12, :12], images[:, 0, 12:, 12:]
+    assert not images[:, 0, 12:, :12].any() and not images[:, 0, :12, 12:].any()
+    meeting = torch.stack([
+        first[:, :, -1] - second[:, :, 0], first[:, -1] - second[:, 0], first[:, :, 0] - second[:, :, -1],
+        first[:, 0] - second[:, -1]], 1).square().mean(2)
+    assert (meeting.argmin(1) == labels).float().mean() > .9
+
+
+def test_training_and_tests_see_other_quarters(photos, monkeypatch):
+    seen = {}
+    for number, name in enumerate(photos.pictures):
+        height, width = photos.pictures[name].shape
+        place = torch.arange(height)[:, None] // (height // 2) * 2 + torch.arange(width) // (width // 2)
+        seen[name] = (10 * number + place).float()  # the quarter of every pixel instead of what it shows
+    monkeypatch.setattr(photos, '_pictures_for', lambda size, field: list(seen.values()))
+    for test in (False, True):
+        random = torch.Generator().manual_seed(3)
+        quarters = photos._crops(500, 18, random, test, 30. if test else 0.).unique() % 10
+        assert quarters.round().unique().tolist() == ([1, 2] if test else [0, 3])
+
+
+def test_larger_photographs_have_more_pixels_of_the_same(photos):
+    small, large = (next(iter(photos.test_batches(size, 100))) for size in (8, 16))
+    assert torch.equal(small[1], large[1])
+    alike = torch.corrcoef(torch.stack([F.avg_pool2d(large[0], 2).flatten(), small[0].flatten()]))[0, 1]
+    assert alike > .9
+    for field in FIELDS:
+        assert all(len(p) == round(24 / field) for p in photos._pictures_for(24, field))
+
+
+def test_turned_photographs(photos):
+    upright, turned = (next(iter(photos.test_batches(16, 50, degrees)))[0] for degrees in (0., 90.))
+    whole, quarter = upright[:, 0, :8, :8], turned[:, 0, :8, :8]
+    # the crops are normalised with their surroundings, which turn as well
+    assert (torch.rot90(whole, 1, (1, 2)) - quarter).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize('degrees', [90, 180, 270])
+def test_turns_are_counter_clockwise(degrees):
+    images = torch.rand(2, 3, 8, 8)
+    assert (turn(images, degrees) - torch.rot90(images, degrees // 90, (2, 3))).abs().max() < 1e-5
+    assert turn(images, 0) is images
+
+
+def test_photographs_as_a_user_compares_with_them(tiny_recipes, tmp_path):
+    pytest.importorskip('PIL')
+    data = make_photos(tmp_path / 'data')
+    assert command(tmp_path / 'out', '--data-dir', str(data), tasks=('photos',), methods=('axial',)) == 0
+    tests = content_of(tmp_path / 'out')['rows'][0]['tests']
+    assert [t['turned'] for t in tests] == [0.] * (len(tests) - 1) + [30.] and len(tests) == 1 + 8 + 1 + 1
+
+
+@pytest.mark.parametrize('args, message', [
+    (('--sizes', '8', '36', '--patch-size', '2'), 'images of 36 px need pictures of 324 px height, and a.png in'),
+    (('--sizes', '7', '14', '--patch-size', '1'), 'images of two squares need an even size, got 7: --sizes'),
+])
+def test_sizes_that_photographs_do_not_hold(args, message, tiny_recipes, tmp_path, capsys):
+    pytest.importorskip('PIL')
+    data = make_photos(tmp_path / 'data')
+    assert command(tmp_path / 'out', '--data-dir', str(data), *args, tasks=('photos',)) == 2
+    assert message in capsys.readouterr().err and os.listdir(tmp_path / 'out') == []
+
+
+def test_folders_without_photographs(tmp_path):
+    image = pytest.importorskip('PIL.Image')
+    with pytest.raises(ValueError, match='holds no pictures'):
+        Photos(tmp_path, CPU)
+    image.new('L', (20, 30)).save(tmp_path / 'upright.png')
+    with pytest.raises(ValueError, match=r'upright.png is upright \(20 x 30\)'):
+        Photos(tmp_path, CPU)
+    (tmp_path / 'upright.png').write_bytes(b'no picture')
+    with pytest.raises(ValueError, match='upright.png cannot be read as a picture'):
+        Photos(tmp_path, CPU)
 
 
 # -- batches
