@@ -64,6 +64,25 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert done.stderr == ''
 
 
+@pytest.mark.parametrize('command', ['convert', 'sweep'])
+def test_a_timm_that_is_too_old_or_missing_is_one_sentence(command, tmp_path):
+    for make, env, words in (
+            (lambda: (tmp_path / 'sitecustomize.py').write_text(HIDE), dict(HIDDEN='timm'),
+             'timm is not installed: run `pip install timm`'),
+            (lambda: write_timm(tmp_path, '1.0.19'), {}, f'timm>=1.0.20 is needed, found 1.0.19 in {tmp_path / "timm"}')):
+        make()
+        done = run_module(command, 'x', PYTHONPATH=tmp_path, PYTHONWARNINGS='ignore', **env)
+        said = done.stderr.strip()
+        assert done.returncode == 1 and said.startswith(f'timm_rope: {words}') and '\n' not in said, said
+        assert said.endswith('`python -m timm_rope doctor` says more.')
+
+
+def test_a_version_that_imports_but_is_too_old_is_one_sentence(monkeypatch):
+    monkeypatch.setattr('timm.version.__version__', '1.0.19')
+    with pytest.raises(SystemExit, match='timm>=1.0.20 is needed, found 1.0.19'):
+        main(['sweep'])
+
+
 # -- doctor
 
 def test_doctor_finds_this_environment_healthy(lines):
