@@ -17,6 +17,8 @@ from downstream_parts import models, opening, scenes
 from downstream_parts.measures import Intersections, average_precision
 from PIL import Image
 
+from timm_rope.cli._training import set_up
+
 CPU = torch.device('cpu')
 TINY = Recipe(sizes=(32, 64), patch_size=8, embed_dim=24, num_heads=1, depth=3, steps=10, batch_size=2,
               learning_rate=2e-3, test_images=4)
@@ -149,6 +151,10 @@ def test_models_are_those_of_the_method_at_any_size(name):
         assert (vit.pos_embed is not None) == method.endswith('ape')
         assert (vit.rope is None) == (method in ('ape', 'none'))
         assert vit.rope is None or method.startswith(vit.rope.name)
+    model = task.build('mixed_ape', TINY, 0)
+    decay = {id(p): group['weight_decay'] for group in set_up(model, 10, 1.)[0].param_groups for p in group['params']}
+    vit = task.vit_of(model)
+    assert decay[id(vit.rope.freqs)] == decay[id(vit.pos_embed)] == 0 and decay[id(vit.blocks[0].mlp.fc1.weight)] > 0
     images, targets = next(task.train_batches(0, 0, 1, 2, 32))
     loss = task.loss(model, images, targets)
     loss.backward()
