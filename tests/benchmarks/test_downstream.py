@@ -1,9 +1,12 @@
 """Detection and segmentation on our backbones: scenes, measures, folders, and a command that loses nothing."""
 import json
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from comparing import without_seconds
 
@@ -281,6 +284,28 @@ def test_labels_of_a_folder_count_from_one_and_none_does_not_count(tmp_path):
     assert task.num_classes == 1
     with pytest.raises(ValueError, match=r'has the label 2, there are 1 classes: list them in .*objectInfo150\.txt'):
         list(task.test_batches(32, 3, 'enlarged', 32))
+
+
+# -- the lines for users
+
+@pytest.mark.parametrize('number', [0, 1])
+def test_the_lines_of_the_page_run(number, monkeypatch):
+    page = (Path(__file__).parents[2] / 'benchmarks' / 'README.md').read_text()
+    code = re.findall(r'test_downstream[^\n]*\n```python\n(.*?)```', page, flags=re.S)[number]
+    # without weights, and an eighth of the size
+    create, sizes = timm.create_model, {'512': '64', '1024': '128', '(32, 32)': '(4, 4)', '480, 640': '60, 80'}
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained, **kwargs: create(
+        name.split('.')[0], embed_dim=24, num_heads=1, **kwargs))
+    for before, after in sizes.items():
+        assert before in code or before == '480, 640'
+        code = code.replace(before, after)
+    found = {}
+    exec(code, found)
+    vit = found['body'].model if number == 0 else found['vit']
+    assert vit.rope.reference_grid.tolist() == [4, 4] and vit.rope.scaling == 'interpolate'
+    assert [group['weight_decay'] for group in found['optimizer'].param_groups] == [0, .05]
+    assert id(vit.rope.freqs) in {id(p) for p in found['optimizer'].param_groups[0]['params']}
+    assert found['boxes'].shape[-1] == 4 if number == 0 else found['classes'].shape == (1, 128, 128)
 
 
 # -- bad input
