@@ -28,7 +28,7 @@ ALLOWED = {
     'cli': {
         'analysis', 'models', 'weights', 'kernels', 'encodings', 'positions', 'rotations', '_checks', '_timm',
         '_version', 'plugin'},
-    '__main__': {'cli', '_version'},
+    '__main__': {'cli', 'plugin', '_version'},
     '__init__': {'models', 'encodings', 'plugin', '_version'},
 }
 # what must work without timm: whole rooms, and modules of the others

@@ -83,7 +83,7 @@ def test_features_of_a_teacher_muon_averages_and_resuming(teacher, digits_folder
 
 
 def test_gray_images_and_muon(digits_folder, tmp_path):
-    options = ['--in-chans', 1, '--input-img-mode', 'L', '--mean', .2, '--std', .3]
+    options = ['--in-chans', 1]
     _, checkpoint = train(
         SPHERICAL, digits_folder, tmp_path / 'out', *options, '--opt', 'muon', *MUON, '--channels-last', '--lr', 4e-3)
     model = assert_trained(checkpoint, SPHERICAL, in_chans=1)

@@ -6,8 +6,9 @@ import argparse
 import os
 import sys
 from importlib import import_module
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
+from . import plugin
 from ._version import __version__
 
 COMMANDS: Dict[str, str] = {  # name of a command, which is that of its module in `cli/` -> help
@@ -20,6 +21,24 @@ COMMANDS: Dict[str, str] = {  # name of a command, which is that of its module i
     'recipe': "list or print training settings of the papers, for timm's train.py",
     'sweep': 'evaluate models on images of several sizes',
 }
+
+
+def load(name: str) -> Any:
+    """The module of a command. Ends the process with one sentence if torch or timm is missing or too old for it."""
+    try:
+        command = import_module(f'.cli.{name}', __package__)
+        problem = plugin.outdated() if 'timm' in sys.modules else ''
+    except (ImportError, AttributeError) as error:
+        missing = getattr(error, 'name', None)
+        if missing in ('torch', 'timm'):
+            problem = f'{missing} is not installed: run `pip install {missing}`'
+        else:
+            problem = plugin.outdated()
+            if not problem:
+                raise
+    if problem:
+        raise SystemExit(f'timm_rope: {problem}. `python -m timm_rope doctor` says more.')
+    return command
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -39,7 +58,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f'{text[0].upper()}{text[1:]}.')
         if argv[:1] == [name]:  # only the command in use is imported: doctor must work where torch and timm are broken
-            implementation = import_module(f'.cli.{name}', __package__)
+            implementation = load(name)
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.run)
     args = parser.parse_args(argv)

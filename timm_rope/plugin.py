@@ -56,17 +56,25 @@ def register() -> None:
     """Import the modules whose entry points register our models. Any failure becomes one warning."""
     global status
     try:
-        for name, module, least in (('torch', 'torch.version', MIN_TORCH), ('timm', 'timm.version', MIN_TIMM)):
-            found = import_module(module)
-            problem = too_old(name, found.__version__, least, found.__file__)
-            if problem:
-                raise RuntimeError(problem)
+        problem = outdated()
+        if problem:
+            raise RuntimeError(problem)
         for name in MODEL_MODULES:
             import_module(name)
         status = 'registered'
     except Exception as error:
         status = f'failed: {type(error).__name__}: {error}'
         _warn(f'the rotary models were not registered with timm: {type(error).__name__}: {error}')
+
+
+def outdated() -> str:
+    """What to do about a torch or timm that is too old, '' if neither is."""
+    for name, module, least in (('torch', 'torch.version', MIN_TORCH), ('timm', 'timm.version', MIN_TIMM)):
+        found = import_module(module)
+        problem = too_old(name, found.__version__, least, found.__file__)
+        if problem:
+            return problem
+    return ''
 
 
 def too_old(name: str, version: str, least: tuple, file: Optional[str]) -> str:

@@ -17,14 +17,16 @@ FOLDERS = {'coco': Coco, 'ade20k': Ade}
 # the extra `downstream` of setup.cfg; torchvision has FCOS since 0.12, segmentation_models_pytorch DPT since 0.5
 NEEDS = {'torchvision': (0, 12), 'pycocotools': (2, 0), 'segmentation_models_pytorch': (0, 5)}
 
-TINY: Dict[str, Any] = dict(sizes=(96, 192, 144), patch_size=8, embed_dim=72, num_heads=3, depth=3)
+TINY: Dict[str, Any] = dict(sizes=(64, 128, 96), embed_dim=48, num_heads=2, depth=3)
 SMALL: Dict[str, Any] = dict(embed_dim=384, num_heads=8, depth=12, learning_rate=5e-4)
 RECIPES: Dict[str, Dict[str, Recipe]] = {
     'small': {
-        'detection': Recipe(steps=600, batch_size=16, learning_rate=2e-3, test_images=400, **TINY),
-        'segmentation': Recipe(steps=400, batch_size=16, learning_rate=2e-3, test_images=400, **TINY),
-        'coco': Recipe(steps=2000, batch_size=8, learning_rate=1e-3, test_images=1000, **TINY),
-        'ade20k': Recipe(steps=2000, batch_size=8, learning_rate=1e-3, test_images=1000, **TINY),
+        'detection': Recipe(
+            patch_size=4, steps=400, batch_size=16, learning_rate=4e-3, test_images=200, **TINY),
+        'segmentation': Recipe(
+            patch_size=8, steps=400, batch_size=16, learning_rate=4e-3, test_images=200, **TINY),
+        'coco': Recipe(patch_size=8, steps=2000, batch_size=8, learning_rate=1e-3, test_images=1000, **TINY),
+        'ade20k': Recipe(patch_size=8, steps=2000, batch_size=8, learning_rate=1e-3, test_images=1000, **TINY),
     },
     'large': {
         'detection': Recipe(

@@ -33,6 +33,14 @@ class Dense:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    def placed(self, model: Any) -> nn.Module:
+        """A new model on the device; timm's optimizers hear from it what its ViT does not let decay."""
+        vit = self.vit_of(model)
+        inside = next(name for name, module in model.named_modules() if module is vit)
+        names = {f'{inside}.{name}' for name in vit.no_weight_decay()}
+        model.no_weight_decay = lambda: names
+        return model.to(self.device)
+
     def score(self, model: nn.Module, recipe: Recipe) -> Row:
         return {}  # the loss says enough while a model learns
 
@@ -58,7 +66,7 @@ class Detection(Dense):
     normalise = False
 
     def build(self, method: str, recipe: Recipe, seed: int) -> nn.Module:
-        return detector(method, recipe, self.num_classes, self.normalise, seed).to(self.device)
+        return self.placed(detector(method, recipe, self.num_classes, self.normalise, seed))
 
     def vit_of(self, model: Any) -> Any:
         return model.backbone.body.model
@@ -84,7 +92,7 @@ class Segmentation(Dense):
     loss = staticmethod(loss_of)
 
     def build(self, method: str, recipe: Recipe, seed: int) -> nn.Module:
-        return segmenter(method, recipe, self.num_classes, seed).to(self.device)
+        return self.placed(segmenter(method, recipe, self.num_classes, seed))
 
     def vit_of(self, model: Any) -> Any:
         return model.encoder.model

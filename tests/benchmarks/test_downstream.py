@@ -1,9 +1,12 @@
 """Detection and segmentation on our backbones: scenes, measures, folders, and a command that loses nothing."""
 import json
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from comparing import without_seconds
 
@@ -16,6 +19,8 @@ from comparison.recipe import Recipe
 from downstream_parts import models, opening, scenes
 from downstream_parts.measures import Intersections, average_precision
 from PIL import Image
+
+from timm_rope.cli._training import set_up
 
 CPU = torch.device('cpu')
 TINY = Recipe(sizes=(32, 64), patch_size=8, embed_dim=24, num_heads=1, depth=3, steps=10, batch_size=2,
@@ -149,6 +154,10 @@ def test_models_are_those_of_the_method_at_any_size(name):
         assert (vit.pos_embed is not None) == method.endswith('ape')
         assert (vit.rope is None) == (method in ('ape', 'none'))
         assert vit.rope is None or method.startswith(vit.rope.name)
+    model = task.build('mixed_ape', TINY, 0)
+    decay = {id(p): group['weight_decay'] for group in set_up(model, 10, 1.)[0].param_groups for p in group['params']}
+    vit = task.vit_of(model)
+    assert decay[id(vit.rope.freqs)] == decay[id(vit.pos_embed)] == 0 and decay[id(vit.blocks[0].mlp.fc1.weight)] > 0
     images, targets = next(task.train_batches(0, 0, 1, 2, 32))
     loss = task.loss(model, images, targets)
     loss.backward()
@@ -275,6 +284,28 @@ def test_labels_of_a_folder_count_from_one_and_none_does_not_count(tmp_path):
     assert task.num_classes == 1
     with pytest.raises(ValueError, match=r'has the label 2, there are 1 classes: list them in .*objectInfo150\.txt'):
         list(task.test_batches(32, 3, 'enlarged', 32))
+
+
+# -- the lines for users
+
+@pytest.mark.parametrize('number', [0, 1])
+def test_the_lines_of_the_page_run(number, monkeypatch):
+    page = (Path(__file__).parents[2] / 'benchmarks' / 'README.md').read_text()
+    code = re.findall(r'test_downstream[^\n]*\n```python\n(.*?)```', page, flags=re.S)[number]
+    # without weights, and an eighth of the size
+    create, sizes = timm.create_model, {'512': '64', '1024': '128', '(32, 32)': '(4, 4)', '480, 640': '60, 80'}
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained, **kwargs: create(
+        name.split('.')[0], embed_dim=24, num_heads=1, **kwargs))
+    for before, after in sizes.items():
+        assert before in code or before == '480, 640'
+        code = code.replace(before, after)
+    found = {}
+    exec(code, found)
+    vit = found['body'].model if number == 0 else found['vit']
+    assert vit.rope.reference_grid.tolist() == [4, 4] and vit.rope.scaling == 'interpolate'
+    assert [group['weight_decay'] for group in found['optimizer'].param_groups] == [0, .05]
+    assert id(vit.rope.freqs) in {id(p) for p in found['optimizer'].param_groups[0]['params']}
+    assert found['boxes'].shape[-1] == 4 if number == 0 else found['classes'].shape == (1, 128, 128)
 
 
 # -- bad input

@@ -64,6 +64,26 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert done.stderr == ''
 
 
+@pytest.mark.parametrize('command', ['convert', 'sweep'])
+def test_a_timm_that_is_too_old_or_missing_is_one_sentence(command, tmp_path):
+    for make, env, words in (
+            (lambda: (tmp_path / 'sitecustomize.py').write_text(HIDE), dict(HIDDEN='timm'),
+             'timm is not installed: run `pip install timm`'),
+            (lambda: write_timm(tmp_path, '1.0.19'), {},
+             f'timm>=1.0.20 is needed, found 1.0.19 in {tmp_path / "timm"}')):
+        make()
+        done = run_module(command, 'x', PYTHONPATH=tmp_path, PYTHONWARNINGS='ignore', **env)
+        said = done.stderr.strip()
+        assert done.returncode == 1 and said.startswith(f'timm_rope: {words}') and '\n' not in said, said
+        assert said.endswith('`python -m timm_rope doctor` says more.')
+
+
+def test_a_version_that_imports_but_is_too_old_is_one_sentence(monkeypatch):
+    monkeypatch.setattr('timm.version.__version__', '1.0.19')
+    with pytest.raises(SystemExit, match='timm>=1.0.20 is needed, found 1.0.19'):
+        main(['sweep'])
+
+
 # -- doctor
 
 def test_doctor_finds_this_environment_healthy(lines):
@@ -136,6 +156,21 @@ def test_doctor_tells_a_checkout_of_timm_that_hides_the_installed_one(lines, mon
     [problem] = [line for line in out if line.startswith('- ')]
     assert problem.startswith('- in scripts of this folder, timm>=1.0.20 is needed, found 1.0.19 in ')
     assert f'{tmp_path / "timm"}, a folder that' in problem
+
+
+@pytest.mark.parametrize('version, note', [
+    ('0.4.0', ['segmentation_models_pytorch>=0.5 is needed, found 0.4.0: run `pip install -U '
+               'segmentation_models_pytorch`']),
+    ('0.5.0', []), (None, [])])
+def test_doctor_notes_libraries_that_are_too_old_for_the_models(version, note, monkeypatch, capsys):
+    asked = ['timm>=1.0.20', 'peft; extra == "consumers"', 'segmentation_models_pytorch>=0.5; extra == "consumers"',
+             'segmentation_models_pytorch>=0.5; extra == "downstream"']
+    monkeypatch.setattr(doctor.metadata, 'requires', lambda name: asked)
+    monkeypatch.setattr(doctor, '_version', lambda name: version)
+    assert doctor.old_libraries() == note
+    monkeypatch.setattr(doctor, 'ask_child', lambda: HEALTHY)
+    assert main(['doctor']) == 0, 'the models are found nevertheless'
+    assert ('Note: segmentation' in capsys.readouterr().out) == bool(note)
 
 
 HEALTHY = dict(

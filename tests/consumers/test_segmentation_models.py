@@ -3,7 +3,7 @@ import pytest
 import torch
 from backbones import FAMILIES, assert_learns, image, loud
 
-smp = pytest.importorskip('segmentation_models_pytorch')
+smp = pytest.importorskip('segmentation_models_pytorch', minversion='0.5')  # the first with DPT
 
 # DPT's decoder halves the grid of patches, so that it has to be even
 SIZES = {'vit': [(32, 32), (64, 48)], 'swin': [(64, 64), (96, 160)]}

@@ -6,7 +6,7 @@ import torch
 from backbones import FAMILIES, assert_learns, build, frequencies, image, loud
 from timm.models import save_for_hf
 
-pytest.importorskip('transformers')
+pytest.importorskip('transformers', minversion='4.48')  # the first with TimmWrapper
 from transformers import (
     AutoBackbone,
     AutoImageProcessor,

@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
             print(f'- {problem}')
     else:
         print('Healthy: a script that imports timm and nothing else can create the models.')
+    for note in old_libraries():
+        print(f'Note: {note}.')
     return 1 if problems else 0
 
 
@@ -165,6 +167,20 @@ def find_problems(facts: Dict[str, Any]) -> List[str]:
             f'`import timm` alone does not bring the models (the plugin says: {facts["status"]}): '
             f'`import timm_rope` in the script, and please report it.')
     return problems
+
+
+def old_libraries() -> List[str]:
+    """What to do about installed libraries that use the models, and are older than our extras ask for."""
+    notes = []
+    try:
+        asked = metadata.requires('timm_rope') or []
+    except metadata.PackageNotFoundError:
+        return []
+    for line in dict.fromkeys(line.partition(';')[0].strip() for line in asked if 'extra ==' in line):
+        name, _, least = line.partition('>=')
+        version = _version(name) if least else None
+        notes.append(plugin.too_old(name, version or '', plugin.release(least), None))
+    return [note for note in notes if note]
 
 
 def _shadow() -> List[str]:
