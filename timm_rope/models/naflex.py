@@ -10,11 +10,12 @@ signature, layouts, warm start) would have to be said twice. Here the model is t
 state dict is that of the plain one, and the pools of padded tokens are timm's.
 """
 import copy
+import functools
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionPoolLatent, disable_compiler
+from timm.layers import AttentionPoolLatent, PatchEmbed, PatchEmbedInterpolator, disable_compiler
 from timm.models.naflexvit import create_attention_mask, global_pool_naflex
 from torch import Tensor, nn
 
@@ -28,9 +29,12 @@ class RopeNaFlexVit(RopeVisionTransformer):
     """`RopeVisionTransformer` that takes batches of timm's NaFlex loader as well as images (B, C, H, W).
 
     A batch is a dictionary of `patches`, (B, N, P * P * C) or (B, N, P, P, C), `patch_coord`, (B, N, 2), and
-    `patch_valid`, (B, N); an `attn_mask` in it replaces the mask of the padding. An image of the batch gives what it
-    gives alone, whatever the others are: its coordinates, the rule for larger grids, log-n and the position embedding
-    go by its own grid. In training, patch dropout takes the same share of the patches of every image.
+    `patch_valid`, (B, N); an `attn_mask` in it replaces the mask of the padding. For patches (B, N, P, P, C) of another
+    size than the model's the stem is resampled, as in FlexiViT (arXiv 2212.08013).
+
+    An image of the batch gives what it gives alone, whatever the others are: its coordinates, the rule for larger
+    grids, log-n and the position embedding go by its own grid. In training, patch dropout takes the same share of the
+    patches of every image.
 
     The reference grid is that of `img_size`; unlike in the plain model, the first step of training does not change it,
     since its images have many grids.
@@ -50,10 +54,9 @@ class RopeNaFlexVit(RopeVisionTransformer):
     def __init__(self, *args: Any, patchify_channels_last: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.patchify_channels_last = check_flag(patchify_channels_last, 'patchify_channels_last')
-        proj = getattr(self.patch_embed, 'proj', None)
-        if not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
+        if not isinstance(self.patch_embed, PatchEmbed):
             raise TypeError(
-                f'use_naflex=True needs an embed_layer that is one convolution of patches, '
+                f'use_naflex=True needs an embed_layer that is one convolution of patches, a PatchEmbed, '
                 f'{type(self.patch_embed).__name__} is none: its input cannot be cut into patches beforehand.')
 
     def __prepare_scriptable__(self) -> RopeVisionTransformer:
@@ -159,22 +162,24 @@ class RopeNaFlexVit(RopeVisionTransformer):
         return self.norm_pre(self.pos_drop(tokens)), placed.payloads, placed.score_scale
 
     def _project(self, patches: Tensor) -> Tensor:
-        """Patches (B, N, P * P * C) or (B, N, P, P, C) -> tokens (B, N, width)."""
-        proj, (height, width) = self.patch_embed.proj, self.get_patch_size()
-        shape = (height, width, proj.in_channels) if self.patchify_channels_last else (
-            proj.in_channels, height, width)
-        flat = patches.flatten(2)
-        if patches.shape[2:] not in (shape, flat.shape[2:]) or flat.shape[2] != height * width * proj.in_channels:
+        """Patches (B, N, P * P * C) or (B, N, P, P, C), these of any size P, -> tokens (B, N, width)."""
+        proj, last = self.patch_embed.proj, self.patchify_channels_last
+        size, colours = self.get_patch_size(), proj.in_channels
+        weight, flat = proj.weight, patches.flatten(2)
+        if patches.ndim == 5 and patches.shape[4 if last else 2] == colours:
+            size = (patches.shape[2], patches.shape[3]) if last else (patches.shape[3], patches.shape[4])
+            weight = _interpolator(self.get_patch_size()).resample_conv_weight(weight, size)
+        shape = (*size, colours) if last else (colours, *size)
+        if flat.shape[2] != size[0] * size[1] * colours:
             raise ValueError(
-                f'patches must be (batch, patches, {" * ".join(map(str, shape))}), flattened or not, got '
-                f'{tuple(patches.shape)}.')
-        if type(proj) is nn.Conv2d and not (proj._forward_hooks or proj._forward_pre_hooks or 'forward' in vars(proj)):
-            # on a CPU half the time of so many convolutions of one place
-            weight = proj.weight.permute(0, 2, 3, 1) if self.patchify_channels_last else proj.weight
-            return F.linear(flat, weight.flatten(1), proj.bias)
-        images = flat.reshape(-1, *shape)
-        images = images.permute(0, 3, 1, 2) if self.patchify_channels_last else images
-        return proj(images).flatten(1).unflatten(0, patches.shape[:2])
+                f'patches must be (batch, patches, {" * ".join(map(str, shape))}), or of other sizes if they are not '
+                f'flattened, got {tuple(patches.shape)}.')
+        if weight is proj.weight and not _is_plain(proj):
+            images = flat.reshape(-1, *shape)
+            images = images.permute(0, 3, 1, 2) if last else images
+            return proj(images).flatten(1).unflatten(0, patches.shape[:2])
+        # on a CPU half the time of a convolution of every patch
+        return F.linear(flat, (weight.permute(0, 2, 3, 1) if last else weight).flatten(1), proj.bias)
 
     @disable_compiler
     def _place(self, coord: Tensor, valid: Optional[Tensor], compiled: bool) -> 'Placed':
@@ -227,6 +232,18 @@ class RopeNaFlexVit(RopeVisionTransformer):
         ahead = pos_embed[0, :n] if own else pos_embed.new_zeros(n, pos_embed.shape[2])
         grid = tuple(self.patch_embed.grid_size)
         return torch.cat([ahead, *(self._resize_pos_embed(pos_embed, grid, size)[0, own:] for size in grids)])
+
+
+@functools.cache
+def _interpolator(patch_size: Tuple[int, int]) -> PatchEmbedInterpolator:
+    # no child of the model, whose state dict would have its tables with older releases of timm
+    return PatchEmbedInterpolator(patch_size)
+
+
+def _is_plain(proj: nn.Module) -> bool:
+    """Whether a projection may be computed from its weights: nobody looks on, or has put another one in its place."""
+    hooks = proj._forward_hooks or proj._forward_pre_hooks
+    return type(proj) is nn.Conv2d and not hooks and 'forward' not in vars(proj)
 
 
 class Placed(NamedTuple):
