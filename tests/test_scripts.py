@@ -6,6 +6,7 @@ installed timm). Written for the scripts of timm 1.0.29 and later.
 import csv
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -240,3 +241,40 @@ def test_onnx_export(exporter, name, tmp_path):
     model.rope.reference_grid.copy_(torch.tensor([14, 14]))
     with torch.no_grad():
         assert (model(images) - expected).abs().max() > 1e-2
+
+
+@pytest.fixture(scope='module')
+def stripes(tmp_path_factory):
+    """Image folder of stripes across and along, of all shapes: train/ and val/, two classes."""
+    image = pytest.importorskip('PIL.Image')
+    folder, draw = tmp_path_factory.mktemp('stripes'), random.Random(0)
+    for split, count in dict(train=32, val=12).items():
+        for label in range(2):
+            (folder / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                height, width = draw.randint(40, 130), draw.randint(40, 130)
+                line = (torch.arange((height, width)[label]) % 8 < 4) * 200
+                pixels = line.reshape((-1, 1) if label == 0 else (1, -1)).expand(height, width)
+                picture = image.fromarray(pixels.to(torch.uint8).numpy()).convert('RGB')
+                picture.save(folder / split / str(label) / f'{i}.png')
+    return folder
+
+
+@pytest.mark.parametrize('name', [SPHERICAL, 'vit_tiny_rope_mixed_ape'])
+def test_naflex_loader(name, stripes, output):
+    """Images of all shapes in one batch, in training and in evaluation; the weights are the plain model's."""
+    own = ['--gp', 'avg', '--device', 'cpu', '--workers', 0, '--naflex-loader', '--naflex-max-seq-len', 64]
+    args = ['--data-dir', stripes, *model_args(name, 64, use_naflex=True), *own]
+    args[args.index('--num-classes') + 1] = 2
+    experiment = f'naflex-{name}'
+    run('train.py', *args, '--naflex-train-seq-lens', 36, 64, '--batch-size', 8, '--opt', 'adamw', '--lr', 4e-3,
+        '--warmup-epochs', 0, '--sched', 'step', '--no-aug', '--smoothing', 0, '--epochs', 4, '--model-ema',
+        '--model-ema-decay', 0.8, '--amp', '--amp-dtype', 'bfloat16', '--output', output, '--experiment', experiment)
+    losses = [float(row['train_loss']) for row in summary(output / experiment)]
+    assert losses[-1] < 0.5 * losses[0]
+    checkpoint = output / experiment / 'last.pth.tar'
+    printed = run('validate.py', *args, '--batch-size', 8, '--checkpoint', checkpoint)
+    assert float(re.search(r'\* Acc@1 ([\d.]+)', printed)[1]) > 80
+    plain = timm.create_model(name, num_classes=2, global_pool='avg', **TINY, img_size=64)
+    load_checkpoint(plain, str(checkpoint))
+    assert plain.rope.reference_grid.tolist() == [8, 8]

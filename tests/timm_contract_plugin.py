@@ -91,6 +91,8 @@ REPARAMETRISED: Values = {
         (m, dict(SMALL, global_pool='avg'), 'token', None),
         (m, dict(SMALL, global_pool='map'), 'map', None),
         (m, dict(SMALL, global_pool='max', fc_norm=False), '', None),
+        (m, dict(SMALL, global_pool='max', fc_norm=False), None, True),
+        (m, dict(SMALL, use_naflex=True), 'max', None),
     ]),
 }
 

@@ -409,7 +409,7 @@ def test_hub_folder_round_trip(name, options, tmp_path):
     (dict(rope_order='xy'), ValueError, "'mixed' takes no option 'order'"),
     (dict(rope_colour=1), TypeError, "'colour'"),
     (dict(rope_encoding='none', rope_order='xy', pos_embed='learn'), ValueError, 'rope_order need a rope_encoding'),
-    (dict(use_naflex=True), TypeError, 'use_naflex'),
+    (dict(use_naflex='yes'), ValueError, "use_naflex must be True or False, got 'yes'"),
     (dict(no_such_argument=1), TypeError, 'no_such_argument'),
     (dict(attn_layer='attn'), TypeError, 'attn_layer is set by'),
     (dict(img_size=0), ValueError, 'img_size must be an integer of at least 1, got 0'),

@@ -183,6 +183,12 @@ def test_create_model_finds_pickled_weights(hub, model, create):
     assert same_weights(create(), model)
 
 
+def test_naflex_models_take_the_same_weights(hub, model, create):
+    hub.add(REPO, {'model.safetensors': save(model.state_dict())})
+    created = create(use_naflex=True)
+    assert hasattr(created, 'get_patch_size') and same_weights(created, model)
+
+
 def test_create_model_from_a_warm_cache(hub, model, create, monkeypatch):
     hub.add(REPO, {'model.safetensors': save(model.state_dict())})
     create()

@@ -16,8 +16,8 @@ from ..positions.coordinates import COORDS, to_grid
 from ..positions.scaling import log_n_scale
 from ..rotations import Rotation
 from ._cache import PayloadCache
+from ._many import ServesManyGrids
 from ._payloads import check_rotate
-from ._positions import MakesPayloads
 from ._signature import format_signature, write_signature
 from ._usage import USAGE
 
@@ -27,7 +27,7 @@ ENCODINGS: Dict[str, Type['RotaryEncoding']] = {}
 SHARING = dict(share_heads=False, share_layers=False)  # options of every learned encoding
 
 
-class RotaryEncoding(MakesPayloads):
+class RotaryEncoding(ServesManyGrids):
     """Base class of every rotary encoding.
 
     Calling the module with a grid size gives the payloads, one per block of the model, `at` those of points anywhere;

@@ -98,6 +98,7 @@ class ClampedPairRotation(PairRotation):
     theta c'), where c' is the row of the centre in the first half of the pairs and its column in the second. Payload
     as `PairRotation`.
     """
+    boundless = False
 
     def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
         return clamped_pair_table(freqs, y, x)

@@ -1,4 +1,5 @@
 """What the modules of models share: the cfg of ImageNet weights, and entry points that are real functions."""
+import os
 import sys
 from typing import Any, Callable, Dict, List
 
@@ -49,6 +50,12 @@ def register(module: str, name: str, create: Callable[..., Any], model_class: st
         f'    **kwargs: Arguments of {model_class}, of timm.create_model and `out_indices`;\n'
         f'        `rope_warm_start=True` takes over everything but the rotation from weights of another encoding.')
     setattr(sys.modules[module], name, register_model(entrypoint))
+
+
+def naflex_by_default() -> bool:
+    """Whether a user asks timm for NaFlex models by its environment variables, for its ViT or for its rotary ViT."""
+    by_vit = os.environ.get('TIMM_USE_NAFLEXVIT', '').lower() == 'true'
+    return by_vit or os.environ.get('TIMM_USE_NAFLEX') == '1'
 
 
 def model_names() -> List[str]:

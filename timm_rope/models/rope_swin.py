@@ -55,6 +55,8 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> 'RopeSwinTran
     from ..weights.pretrained import build
     from .swin import RopeSwinTransformer
 
+    if kwargs.pop('use_naflex', None):
+        raise TypeError('use_naflex=True is for ViTs: the windows of a Swin need all images of a batch in one shape.')
     depths = kwargs.get('depths')
     stages = len(depths) if isinstance(depths, (tuple, list)) else len(MODEL_ARGS[name]['depths'])
     feature_cfg = dict(flatten_sequential=True, out_indices=kwargs.pop('out_indices', tuple(range(stages))))

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Dict, List
 
 from timm.models import generate_default_cfgs
 
+from .._checks import check_flag
 from ..encodings import ENCODINGS, list_ropes
-from .entrypoints import NAVER, imagenet_cfg, register
+from .entrypoints import NAVER, imagenet_cfg, naflex_by_default, register
 
 if TYPE_CHECKING:
     from .vit import RopeVisionTransformer
@@ -83,8 +84,12 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> 'RopeVisionTr
     from ..weights.pretrained import build
     from .vit import RopeVisionTransformer
 
+    model_cls = RopeVisionTransformer
+    use_naflex = kwargs.pop('use_naflex', None)
+    if check_flag(naflex_by_default() if use_naflex is None else use_naflex, 'use_naflex'):
+        from .naflex import RopeNaFlexVit as model_cls
     feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
-    return build(RopeVisionTransformer, fit, name, MODEL_ARGS[name], feature_cfg, pretrained, **kwargs)
+    return build(model_cls, fit, name, MODEL_ARGS[name], feature_cfg, pretrained, **kwargs)
 
 
 def _describe(name: str) -> str:

@@ -13,6 +13,7 @@ class Rotation(nn.Module):
         width: Width of the payload, W.
     """
     kind = ''  # name of the formula of `forward`, by which kernels know it; '' for one of its own
+    boundless = True  # whether `table` turns a position alike in all grids, wherever they end
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
