@@ -7,13 +7,13 @@ differ, a number lies between -1 and 1. After the '@' stands the reference grid,
 that an average of two grids is seen as well.
 """
 import re
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 TOLERANCE = 0.1  # what averaging in low precision may lose; a second text with a weight of 5 % changes a bit by as much
-UNKNOWN_GRID = (0, 0)
+UNKNOWN_GRID = (0, 0)  # any grid of zeros
 
 
 def format_signature(name: str, options: Dict[str, Any]) -> str:
@@ -24,9 +24,10 @@ def format_signature(name: str, options: Dict[str, Any]) -> str:
     return f'{name}({items})'
 
 
-def write_signature(text: str, grid: Tuple[int, int] = UNKNOWN_GRID, device: Any = 'cpu') -> Tensor:
+def write_signature(text: str, grid: Sequence[int] = UNKNOWN_GRID, device: Any = 'cpu') -> Tensor:
     """A signature as it is saved, (characters, 8) float32: the bits of its ASCII characters, 1 or -1."""
-    codes = torch.tensor(list(f'{text}@{grid[0]:05}x{grid[1]:05}'.encode('ascii')), device=device)
+    sizes = 'x'.join(f'{size:05}' for size in grid)
+    codes = torch.tensor(list(f'{text}@{sizes}'.encode('ascii')), device=device)
     bits = codes.unsqueeze(-1).bitwise_right_shift(torch.arange(8, device=device)).bitwise_and(1)
     return bits.float() * 2 - 1
 
@@ -41,15 +42,15 @@ def read_signature(value: Any) -> Optional[str]:
     return None if text is None else text.partition('@')[0]
 
 
-def read_signature_grid(value: Any) -> Optional[Tuple[int, int]]:
+def read_signature_grid(value: Any) -> Optional[Tuple[int, ...]]:
     """The reference grid that a saved signature names, None if it names none.
 
     Raises:
         ValueError: The signature cannot be read.
     """
-    match = re.fullmatch(r'(\d+)x(\d+)', (_text(value) or '').partition('@')[2])
-    grid = (int(match[1]), int(match[2])) if match else UNKNOWN_GRID
-    return None if grid == UNKNOWN_GRID else grid
+    sizes = (_text(value) or '').partition('@')[2]
+    grid = tuple(int(size) for size in sizes.split('x')) if sizes else UNKNOWN_GRID
+    return grid if any(grid) else None
 
 
 def _text(value: Any) -> Optional[str]:
@@ -87,7 +88,7 @@ def signature_conflicts(saved: str, current: str) -> str:
 
 def parse_signature(text: str) -> Optional[Tuple[str, Dict[str, str]]]:
     """Name and options of a signature, None if it is none."""
-    match = re.fullmatch(r'(\w+)\(([^()]*)\)(@\d+x\d+)?', text)
+    match = re.fullmatch(r'(\w+)\(([^()]*)\)(@\d+(x\d+)*)?', text)
     if match is None:
         return None
     return match[1], dict(item.split('=', 1) for item in match[2].split(',') if '=' in item)

@@ -16,6 +16,10 @@ class Axial(RotaryEncoding, name='axial'):
     w_g = temperature^(-g / G) with G = head_dim // 4, shared by all heads and layers. Exactly relative. Larger grids
     extrapolate to higher indices. head_dim must be at least 4; channels beyond its last multiple pass unrotated.
 
+    In D dimensions each axis has G = head_dim // (2 D) pairs, x the first, then y, then z, as in V-JEPA 2 (arXiv
+    2506.09985), where also what is left passes unrotated: 4 channels of 64 in three. In one it is RoPE (arXiv
+    2104.09864).
+
     Args:
         temperature: Ratio of the highest to the lowest frequency (NAVER: 100 in ViT, 50 in Swin).
         coords: 'index' as NAVER; 'cells' or 'ends' give the axial encoding of arXiv 2511.08368.
@@ -25,18 +29,18 @@ class Axial(RotaryEncoding, name='axial'):
     defaults = dict(temperature=100., coords='index')
 
     def make_rotation(self) -> PairRotation:
-        return PairRotation(self.head_dim, 2 * check_group(self.head_dim, 4, self.name))
+        return PairRotation(self.head_dim, self.dims * check_group(self.head_dim, 2 * self.dims, self.name))
 
     def initial_freqs(self) -> Any:
-        w = geometric(self.rotation.groups // 2, self.options['temperature'])
-        return axial(w, w)
+        return axial(geometric(self.rotation.groups // self.dims, self.options['temperature']), self.dims)
 
 
 class AxialLearned(Axial, name='axial_learned'):
     """Axial with learned frequencies (arXiv 2511.08368, table 2), by default for every layer and head.
 
     Starts as `Axial`. The two halves learn separate frequencies, but the first never sees y nor the second x, so it
-    stays axis-aligned and exactly relative. `freqs`: (1, depth, heads, pairs), x half first. head_dim as `Axial`.
+    stays axis-aligned and exactly relative. `freqs`: (1, depth, heads, pairs), x half first. head_dim and D dimensions
+    as `Axial`.
 
     Args:
         temperature: Of the initial frequencies.
@@ -52,18 +56,23 @@ class AxialLearned(Axial, name='axial_learned'):
         return 1, layers, heads, self.rotation.groups
 
     def initial_freqs(self) -> Any:
-        w = geometric(self.rotation.groups // 2, self.options['temperature'])
-        return w + w
+        return geometric(self.rotation.groups // self.dims, self.options['temperature']) * self.dims
 
     def frequencies(self) -> Tensor:
-        half = self.rotation.groups // 2
-        x, y = self.freqs[0, ..., :half], self.freqs[0, ..., half:]
-        return torch.stack((torch.cat((x, torch.zeros_like(y)), -1), torch.cat((torch.zeros_like(x), y), -1)))
+        each, rows = self.rotation.groups // self.dims, []
+        for axis in range(self.dims):
+            row = []
+            for other in range(self.dims):
+                w = self.freqs[0, ..., other * each:(other + 1) * each]
+                row.append(w if other == axis else torch.zeros_like(w))
+            rows.append(torch.cat(row, -1))
+        return torch.stack(rows)
 
     def freqs_for(self, frequencies: Tensor) -> Tensor:
-        half = self.rotation.groups // 2
-        if bool(frequencies[1, ..., :half].any()) or bool(frequencies[0, ..., half:].any()):
+        each = self.rotation.groups // self.dims
+        freqs = torch.cat([w.narrow(-1, axis * each, each) for axis, w in enumerate(frequencies)], -1).unsqueeze(0)
+        if int(frequencies.count_nonzero()) != int(freqs.count_nonzero()):
             raise ValueError(
-                f'{self.name!r} turns the first {half} pairs of a head with x alone and the next {half} with y alone, '
+                f'{self.name!r} turns the first {each} pairs of a head with x alone and the next {each} with y alone, '
                 f'and these wave vectors are oblique or in other places')
-        return torch.cat((frequencies[0, ..., :half], frequencies[1, ..., half:]), -1).unsqueeze(0)
+        return freqs

@@ -1,11 +1,10 @@
 """Mixed: every channel pair turns with its own learned direction and scale."""
-import torch
 from torch import Tensor
 
 from .._checks import check_group
 from ..rotations import PairRotation
 from ._base import RotaryEncoding
-from ._frequencies import geometric, turned_basis
+from ._frequencies import turned_basis
 
 
 class Mixed(RotaryEncoding, name='mixed'):
@@ -14,6 +13,9 @@ class Mixed(RotaryEncoding, name='mixed'):
     Starts as the axial basis (temperature 10) turned by a random angle per layer and head. Exactly relative whatever
     is learned. Larger grids extrapolate to higher indices. `freqs`: (2, depth, heads, head_dim / 2), x first. An odd
     head_dim leaves its last channel unrotated.
+
+    In D dimensions a wave vector has D numbers (arXiv 2511.08368); each axis begins with its share of the pairs, all
+    turned together by a random rotation. In one it begins as RoPE, and learns the frequencies.
 
     Args:
         temperature: Ratio of the longest to the shortest initial wave vector.
@@ -31,9 +33,4 @@ class Mixed(RotaryEncoding, name='mixed'):
         return PairRotation(self.head_dim, check_group(self.head_dim, 2, self.name))
 
     def initial_freqs(self) -> Tensor:
-        pairs = self.rotation.groups
-        half = (pairs + 1) // 2
-        w = geometric(half, self.options['temperature'])
-        angle = 2 * torch.pi * torch.rand(
-            *self.freqs.shape[1:3], 1, dtype=self.freqs.dtype, device=self.freqs.device)
-        return turned_basis(w + w[:pairs - half], angle)
+        return turned_basis(self.rotation.groups, self.options['temperature'], self.dims, self.freqs[0, ..., 0])

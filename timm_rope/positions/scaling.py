@@ -23,9 +23,10 @@ The paper of YaRN also makes attention sharper, its logits times (0.1 ln s + 1)^
 lengths. Here `log_n_scale` does that, for every rule and only if asked for: on 28 x 28 patches after 14 x 14 it is
 1.26, YaRN's factor 1.30.
 
-Frequencies have x first: (2, L, H, G). Everything is computed in the widest dtype there is.
+Frequencies have x first: (2, L, H, G), and of D axes (D, L, H, G). Everything is computed in the widest dtype there is.
 """
 import math
+from typing import List
 
 import torch
 from torch import Tensor
@@ -41,19 +42,18 @@ RULES = ('extrapolate', 'interpolate', 'ntk', 'yarn')
 ALPHA, BETA = 0.5, 2.0
 
 
-def growth(height: int, width: int, reference_grid: Tensor, like: Tensor) -> Tensor:
-    """How much a grid has grown along x and y, (2,): at least 1.
+def growth(grid: List[int], reference_grid: Tensor, like: Tensor) -> Tensor:
+    """How much a grid has grown along x, y, ..., (D,): at least 1.
 
     Args:
-        height: Rows of the grid.
-        width: Columns of the grid.
-        reference_grid: Tensor (2,), rows and columns of the reference grid.
+        grid: D sizes of the grid, (rows, columns) of an image.
+        reference_grid: Tensor (D,), those of the reference grid.
         like: Tensor whose dtype the result has at least.
     """
     reference = widest(reference_grid.to(like.dtype)).round()
     # a number divided by a tensor is rounded twice, and 49 / 49 is not 1
-    size = torch.stack((torch.full_like(reference[1], width), torch.full_like(reference[0], height)))
-    return (size / reference.flip(0)).clamp(min=1.)
+    size = torch.stack([torch.full_like(reference[i], grid[i]) for i in range(len(grid))])
+    return (size / reference).clamp(min=1.).flip(0)
 
 
 def interpolate(axis: Tensor, s: Tensor, coords: str) -> Tensor:
@@ -91,7 +91,7 @@ def ntk(freqs: Tensor, s: Tensor, apart: bool) -> Tensor:
     lowest = torch.where(length > 0, length, highest).amin(dim=-1, keepdim=True)
     reach = _log(highest) - _log(lowest)
     exponent = ((_log(highest) - _log(length)) / torch.where(reach > 0, reach, 1.)).clamp(0., 1.)
-    return freqs * s.reshape(2, 1, 1, 1) ** -exponent
+    return freqs * s.reshape(-1, 1, 1, 1) ** -exponent
 
 
 def _log(length: Tensor) -> Tensor:
@@ -109,9 +109,9 @@ def yarn(freqs: Tensor, s: Tensor, side: Tensor, apart: bool, alpha: float = ALP
         alpha: Turns over the reference grid.
         beta: Turns over the reference grid, more than `alpha`.
     """
-    turns = lengths(freqs * side.reshape(2, 1, 1, 1), apart) / (2 * math.pi)
+    turns = lengths(freqs * side.reshape(-1, 1, 1, 1), apart) / (2 * math.pi)
     ramp = ((turns - alpha) / (beta - alpha)).clamp(0., 1.)
-    return freqs * (1. - (1. - ramp) * (1. - 1. / s.reshape(2, 1, 1, 1)))
+    return freqs * (1. - (1. - ramp) * (1. - 1. / s.reshape(-1, 1, 1, 1)))
 
 
 @torch.fx.wrap
