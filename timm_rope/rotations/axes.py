@@ -33,9 +33,7 @@ class AxesRotation(BlockRotation):
         return axes_table(freqs, y, x, self.order)
 
     def table_nd(self, freqs: Tensor, axes: List[Tensor]) -> Tensor:
-        if freqs.ndim == 4:
-            units = torch.eye(3, dtype=freqs.dtype, device=freqs.device).roll(1, 0)
-            freqs = freqs.unsqueeze(-1) * units.reshape(3, 1, 1, 1, 3)
+        freqs = about_space(freqs) if freqs.ndim == 4 else freqs
         turns = [_quaternions(axes[-1 - i], freqs[i]) for i in map('xyz'.index, self.order)]
         turn = turns[0]
         for following in turns[1:]:
@@ -44,6 +42,12 @@ class AxesRotation(BlockRotation):
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, order={self.order}'
+
+
+def about_space(freqs: Tensor) -> Tensor:
+    """Frequencies (D, L, H, G) as axes of rotation (D, L, H, G, 3): of x the third axis of space, first, second."""
+    units = torch.eye(3, dtype=freqs.dtype, device=freqs.device).roll(1, 0)[:len(freqs)]
+    return freqs.unsqueeze(-1) * units[:, None, None, None]
 
 
 def axes_table(freqs: Tensor, y: Tensor, x: Tensor, order: str) -> Tensor:
