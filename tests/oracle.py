@@ -10,16 +10,20 @@ def coordinates(size, reference, coords, span, centered):
     return [coordinate(i, size, reference, coords, span, centered) for i in range(size)]
 
 
-def coordinate(place, size, reference, coords, span, centered):
+def coordinate(place, size, reference, coords, span, centered, offset=0.0):
     """Coordinate of any place, in patches, along an axis of `size` patches."""
     if coords == 'index':
-        return float(place)
+        return float(place) + offset
+    if coords == 'eva':
+        return (place + offset) / size * reference
+    if coords.startswith('dinov3'):  # whatever the reference grid
+        return span * ((place + 0.5) / size + offset) - (0.5 * span if centered else 0.0)
     if coords == 'cells':
         image = (place + 0.5) / reference
     else:
         image = size / reference * place / (size - 1) if size > 1 else (place + 0.5) / reference
     shift = 0.5 * size / reference if centered else 0.0
-    return span * (image - shift)
+    return span * (image - shift + offset * size / reference)
 
 
 def turn(angle):
@@ -140,7 +144,7 @@ class Place:
         return None if self.all_learned is None else [self.pick(table) for table in self.all_learned]
 
     def series(self, count):
-        return [self.options['temperature'] ** (-g / count) for g in range(count)]
+        return [self.options.get('scale', 1.) * self.options['temperature'] ** (-g / count) for g in range(count)]
 
 
 @formula('axial')
@@ -274,12 +278,14 @@ def rotations_at(rope, points, grid, layer, head):
     if rope.name not in FORMULAS:
         raise NotImplementedError(f'write the formula of {rope.name!r} in tests/oracle.py, under @formula')
     span, centered = FRAMES[rope.name]
-    reference = rope.reference_grid.tolist()
+    reference, coords = rope.reference_grid.tolist(), rope.options['coords']
+    sides = {'dinov3_min': [min(grid)] * 2, 'dinov3_max': [max(grid)] * 2}.get(coords, grid)
     at = Place(rope, grid, layer, head)
     out = []
     for row, column in points:
-        at.y = coordinate(row, grid[0], reference[0], rope.options['coords'], span, centered)
-        at.x = coordinate(column, grid[1], reference[1], rope.options['coords'], span, centered)
+        at.y, at.x = (
+            coordinate(place, sides[axis], reference[axis], coords, span, centered, rope.options.get('offset', 0.))
+            for axis, place in enumerate((row, column)))
         out.append(FORMULAS[rope.name](at))
     return np.stack(out)
 

@@ -16,7 +16,12 @@ LEARNED = [name for name, encoding in ENCODINGS.items() if encoding.learned]
 VARIANTS = [(name, {}) for name in NAMES] + [
     ('axial', {'temperature': 50.}), ('axial', {'coords': 'cells'}), ('axial', {'coords': 'ends'}),
     ('axial_learned', {'share_heads': True}), ('mixed', {'share_layers': True, 'coords': 'cells'}),
-    ('uniform', {'coords': 'ends'}),
+    ('uniform', {'coords': 'ends'}), ('uniform', {'coords': 'dinov3'}), ('golden', {'coords': 'dinov3'}),
+    ('axial', {'coords': 'dinov3', 'scale': 2.}), ('axial', {'coords': 'dinov3_min', 'scale': 2., 'offset': .25}),
+    ('axial', {'coords': 'eva', 'temperature': 1e4, 'offset': 1}), ('mixed', {'coords': 'dinov3_max', 'scale': 2.}),
+    ('axial_learned', {'coords': 'index', 'offset': -2.5}), ('spiral', {'coords': 'eva', 'directions': 4}),
+    ('comrope', {'coords': 'dinov3', 'offset': -.5}), ('nd', {'coords': 'dinov3', 'scale': 2.}),
+    ('liere', {'coords': 'eva'}), ('spherical', {'coords': 'dinov3_min'}), ('mixed', {'coords': 'cells', 'offset': .5}),
     ('spherical', {'order': 'xy'}), ('spherical', {'temperature': 1e4, 'coords': 'ends'}),
     ('spherical_learned', {'order': 'xy', 'share_heads': True, 'share_layers': True}),
     ('golden', {'coords': 'ends', 'max_freq': 5.}), ('golden', {'p_zero_freqs': 0.25, 'min_freq': 1.}),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions.coordinates import read_grid
+from ..positions.coordinates import in_patches, read_grid, unit
 from ..rotations import AxesRotation, BlockRotation, PairRotation, Rotation, TripletRotation
 from . import create_rope, list_ropes
 from ._base import ENCODINGS, RotaryEncoding
@@ -127,12 +127,18 @@ def _form(rotation: Rotation) -> Any:
 
 def _scale(source: RotaryEncoding, target: RotaryEncoding, origin_matters: bool) -> Tensor:
     """The source's coordinates in units of the target's, x first, (2, 1, 1, 1)."""
-    same_steps = 'ends' not in (source.coords, target.coords) or source.coords == target.coords
+    if source.register_side != target.register_side:
+        raise _NoExactForm('its registers lie on a grid of their own, which prefix tokens do not in the other')
+    if source.offset != target.offset and origin_matters:
+        raise _NoExactForm(
+            f'the offset of its patches from the prefix tokens is {source.offset:g} here and {target.offset:g} there')
+    same_steps = {source.coords, target.coords} <= {'index', 'cells'} or source.coords == target.coords
     if source.coords != target.coords and (origin_matters or not same_steps):
         raise _NoExactForm(
             f'coordinates {source.coords!r} and {target.coords!r} differ in origin or step' + (
                 ', and prefix tokens, which do not turn, see the origin' if origin_matters else ''))
-    if source.coords == target.coords != 'index' and source.centered != target.centered and origin_matters:
+    normalised = source.coords == target.coords and not in_patches(source.coords)
+    if normalised and source.centered != target.centered and origin_matters:
         places = ['the middle' if rope.centered else 'the corner' for rope in (source, target)]
         raise _NoExactForm(
             f'the coordinates {source.coords!r} have their origin in {places[0]} of the image here and in {places[1]} '
@@ -147,8 +153,9 @@ def _in_units(freqs: Tensor, scale: Tensor) -> Tensor:
 def _unit(rope: RotaryEncoding) -> Tensor:
     """Step from patch to patch in the encoding's coordinates, x first; on 'ends' it depends on the grid likewise."""
     rows, columns = read_grid(rope.reference_grid, 'reference_grid')
-    steps = (1., 1.) if rope.coords == 'index' else (rope.span / columns, rope.span / rows)
-    return torch.tensor(steps, dtype=torch.float64, device='cpu').view(2, 1, 1, 1)
+    sides = torch.tensor((rows, columns), dtype=torch.float64, device='cpu')
+    steps = torch.ones_like(sides) if in_patches(rope.coords) else rope.span / unit(sides, rope.coords).flip(0)
+    return steps.view(2, 1, 1, 1)
 
 
 def _shared(values: Tensor, target: RotaryEncoding) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._tracing import plain, recording
 from ..positions.augmentation import augment
-from ..positions.coordinates import grid_axes, point_axes, read_grid, reference_side, to_grid
+from ..positions.coordinates import grid_axes, index_axis, point_axes, read_grid, reference_side, to_grid
 from ..positions.scaling import growth, interpolate, rescale
 from ..rotations import Rotation
 from ._cache import KeepsPayloads
@@ -15,13 +15,15 @@ from ._state import SavedState
 from ._usage import HasUsage
 
 # FX keeps these as single nodes; it looks for them by name in the module that calls them, so not only where they stand
-for _name in ('augment', 'grid_axes', 'growth', 'per_block', 'reference_side', 'rescale'):
+for _name in ('augment', 'grid_axes', 'growth', 'index_axis', 'per_block', 'reference_side', 'rescale'):
     torch.fx.wrap(_name)
 
 
 class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
     """Part of `RotaryEncoding` that turns positions into payloads, by the convention and the usage of the encoding."""
     coords: str
+    offset: float
+    register_side: int
     rotation: Rotation
     span: ClassVar[float]
     centered: ClassVar[bool]
@@ -30,10 +32,15 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
     def frequencies(self) -> Tensor:
         raise NotImplementedError
 
+    def register_frequencies(self) -> Tensor:
+        """Frequencies of registers that lie on a grid of their own; overridden by encodings with that option."""
+        return self.frequencies()
+
     def _payloads(self, height: int, width: int, num_prefix_tokens: int) -> List[Tensor]:
-        axes = grid_axes(height, width, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
-        identity, table = self._tables(axes[0], axes[1], (height, width))
-        return per_block(identity, table, num_prefix_tokens, self.depth)
+        axes = grid_axes(
+            height, width, self.reference_grid, self.freqs, self.coords, self.span, self.centered, self.offset)
+        prefix, table = self._tables(axes[0], axes[1], (height, width))
+        return per_block(prefix, table, num_prefix_tokens, self.depth, self.register_side * self.register_side)
 
     def at(
             self, coordinates: Tensor, num_prefix_tokens: int = 0, extent: Optional[Tuple[int, int]] = None,
@@ -66,12 +73,12 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
         if self._undecided and not recording():
             self._settle(extent)
         axes = point_axes(
-            coordinates, extent, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
-        identity, table = self._tables(axes[0], axes[1], extent)
+            coordinates, extent, self.reference_grid, self.freqs, self.coords, self.span, self.centered, self.offset)
+        prefix, table = self._tables(axes[0], axes[1], extent)
         table = table[:, :, 1:-1]  # without the ends of the grid
         if coordinates.ndim == 3:
-            identity, table = identity.unsqueeze(1), table.unflatten(2, coordinates.shape[:2]).transpose(1, 2)
-        return per_block(identity, table, num_prefix_tokens, self.depth)
+            prefix, table = prefix.unsqueeze(1), table.unflatten(2, coordinates.shape[:2]).transpose(1, 2)
+        return per_block(prefix, table, num_prefix_tokens, self.depth, self.register_side * self.register_side)
 
     def _settle(self, extent: Optional[Tuple[int, int]]) -> None:
         """In a training step, decide the grid that the coordinates are in units of."""
@@ -81,15 +88,17 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
             self.settle_reference_grid(extent)
 
     def _tables(self, y: Tensor, x: Tensor, grid: Optional[Tuple[int, int]]) -> Tuple[Tensor, Tensor]:
-        """Payloads (L, H, 1, W) of a prefix token and (L, H, N, W) of positions in a grid; None is the reference grid.
+        """Payloads (L, H, 1 + R, W) of a prefix token and the registers that have places, and (L, H, N, W) of positions
+        in a grid; None is the reference grid.
 
         y and x are as `Rotation.table` takes them; the first and the last are those of the grid.
         """
         freqs = self.frequencies()
         if self.scaling != 'extrapolate' and grid is not None:
-            s = growth(grid[0], grid[1], self.reference_grid, self.freqs)
+            s = growth(grid[0], grid[1], self.reference_grid, self.freqs, self.coords)
             if self.scaling == 'interpolate':
-                y, x = interpolate(y, s[1], self.coords), interpolate(x, s[0], self.coords)
+                y = interpolate(y, s[1], self.coords, self.offset)
+                x = interpolate(x, s[0], self.coords, self.offset)
             else:
                 side = reference_side(self.reference_grid, self.freqs, self.coords, self.span)
                 freqs = rescale(self.scaling, freqs, s, side, self.axes_apart)
@@ -100,8 +109,12 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
             y, x = moved[0], moved[1]
         # R(0) is the identity in every encoding: a prefix token sits at the origin
         origin = torch.zeros_like(y[:1])
+        prefix = self.rotation.table(freqs, origin, origin)
+        if self.register_side > 0:
+            axis = index_axis(self.register_side, y)
+            prefix = torch.cat((prefix, self.rotation.table(self.register_frequencies(), axis, axis)), dim=2)
         dtype = self.freqs.dtype  # frequencies may be wider
-        return self.rotation.table(freqs, origin, origin).to(dtype), self.rotation.table(freqs, y, x).to(dtype)
+        return prefix.to(dtype), self.rotation.table(freqs, y, x).to(dtype)
 
 
 def check_coordinates(coordinates: Tensor, device: torch.device) -> None:

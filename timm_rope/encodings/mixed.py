@@ -17,7 +17,10 @@ class Mixed(RotaryEncoding, name='mixed'):
 
     Args:
         temperature: Ratio of the longest to the shortest initial wave vector.
-        coords: 'index' as NAVER; 'cells' or 'ends' are normalised to the reference grid.
+        scale: Length of the longest, in radians per unit of coordinate.
+        offset: Of patches from prefix tokens, along both axes: in patches with 'index' and 'eva', else in images.
+        coords: 'index' as NAVER; 'cells' or 'ends' are normalised to the reference grid; more in
+            `positions/coordinates.py`.
         share_heads: One set of frequencies for all heads of a layer.
         share_layers: One set of frequencies for all layers.
     """
@@ -25,7 +28,7 @@ class Mixed(RotaryEncoding, name='mixed'):
     source = 'arXiv 2403.13298'
     learned = True
     oblique = True
-    defaults = dict(temperature=10., coords='index')
+    defaults = dict(temperature=10., scale=1., offset=0., coords='index')
 
     def make_rotation(self) -> PairRotation:
         return PairRotation(self.head_dim, check_group(self.head_dim, 2, self.name))
@@ -33,7 +36,7 @@ class Mixed(RotaryEncoding, name='mixed'):
     def initial_freqs(self) -> Tensor:
         pairs = self.rotation.groups
         half = (pairs + 1) // 2
-        w = geometric(half, self.options['temperature'])
+        w = [self.options['scale'] * length for length in geometric(half, self.options['temperature'])]
         angle = 2 * torch.pi * torch.rand(
             *self.freqs.shape[1:3], 1, dtype=self.freqs.dtype, device=self.freqs.device)
         return turned_basis(w + w[:pairs - half], angle)
