@@ -12,16 +12,20 @@ def coordinates(size, reference, coords, span, centered):
     return [coordinate(i, size, reference, coords, span, centered) for i in range(size)]
 
 
-def coordinate(place, size, reference, coords, span, centered):
+def coordinate(place, size, reference, coords, span, centered, offset=0.0):
     """Coordinate of any place, in patches, along an axis of `size` patches."""
     if coords == 'index':
-        return float(place)
+        return float(place) + offset
+    if coords == 'eva':
+        return (place + offset) / size * reference
+    if coords.startswith('dinov3'):  # whatever the reference grid
+        return span * ((place + 0.5) / size + offset) - (0.5 * span if centered else 0.0)
     if coords == 'cells':
         image = (place + 0.5) / reference
     else:
         image = size / reference * place / (size - 1) if size > 1 else (place + 0.5) / reference
     shift = 0.5 * size / reference if centered else 0.0
-    return span * (image - shift)
+    return span * (image - shift + offset * size / reference)
 
 
 def turn(angle):
@@ -147,7 +151,7 @@ class Place:
         return None if self.all_learned is None else [self.pick(table) for table in self.all_learned]
 
     def series(self, count):
-        return [self.options['temperature'] ** (-g / count) for g in range(count)]
+        return [self.options.get('scale', 1.) * self.options['temperature'] ** (-g / count) for g in range(count)]
 
 
 @formula('axial')
@@ -298,12 +302,14 @@ def rotations_at(rope, points, grid, layer, head):
     if rope.name not in FORMULAS:
         raise NotImplementedError(f'write the formula of {rope.name!r} in tests/oracle.py, under @formula')
     span, centered = FRAMES[rope.name]
-    reference = rope.reference_grid.tolist()
+    reference, coords = rope.reference_grid.tolist(), rope.options['coords']
+    sides = {'dinov3_min': [min(grid)] * len(grid), 'dinov3_max': [max(grid)] * len(grid)}.get(coords, grid)
     at = Place(rope, grid, layer, head)
     out = []
     for point in points:
-        places = zip(point, grid, reference)
-        at.p = [coordinate(c, size, of, rope.options['coords'], span, centered) for c, size, of in places][::-1]
+        places = zip(point, sides, reference)
+        offset = rope.options.get('offset', 0.)
+        at.p = [coordinate(c, size, of, coords, span, centered, offset) for c, size, of in places][::-1]
         out.append(FORMULAS[rope.name](at))
     return np.stack(out)
 

@@ -16,6 +16,7 @@ NAMES = timm_rope.list_ropes()
 LEARNED = [name for name in NAMES if ENCODINGS[name].learned]
 OPTIONS = [(name, {}) for name in NAMES] + [
     ('axial', {'coords': 'cells'}), ('axial', {'coords': 'ends'}), ('mixed', {'share_layers': True, 'coords': 'ends'}),
+    ('axial', {'coords': 'dinov3'}), ('axial', {'coords': 'dinov3_min'}), ('mixed', {'coords': 'eva', 'offset': 1}),
     ('uniform', {'coords': 'ends'}), ('spiral', {'clamp': True}),
     ('string', {'basis': 'circulant', 'block': 7}), ('string', {'block': 4, 'coords': 'ends'}),
     ('liere', {'block': 3}), ('liere', {'block': 4}), ('liere', {'share_heads': True, 'coords': 'ends'}),

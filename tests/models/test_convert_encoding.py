@@ -284,7 +284,7 @@ def test_bad_options(name, options, kind, words):
 
 def test_options_are_carried_over_where_both_encodings_know_them():
     assert convert_encoding(rope_of('axial', coords='ends', temperature=7.), 'mixed').options == dict(
-        coords='ends', temperature=7., share_heads=False, share_layers=False)
+        coords='ends', temperature=7., scale=1., offset=0., share_heads=False, share_layers=False)
     assert convert_encoding(rope_of('mixed', share_heads=True, share_layers=True), 'liere', block=4).options == dict(
         block=4, coords='index', share_heads=True, share_layers=True)
     assert convert_encoding(rope_of('spherical', order='xy'), 'spherical_learned').options['order'] == 'xy'

@@ -233,7 +233,7 @@ def test_single_precision(name, rule):
     ('quatro', {}, 'ntk', 'depends on the direction'),
     ('uniform', {}, 'ntk', 'one frequency'), ('uniform', {}, 'yarn', 'one frequency'),
     ('spiral', {'clamp': True}, 'interpolate', 'clamp'), ('spiral', {'clamp': True}, 'ntk', 'clamp'),
-    ('axial', {}, 'pi', "'extrapolate', 'interpolate', 'ntk', 'yarn'"), ('mixed', {}, None, "'ntk'"),
+    ('axial', {}, 'pi', "'extrapolate', 'interpolate', 'ntk', 'yarn'"), ('mixed', {}, 3, "'ntk'"),
     ('spiral', {'clamp': True}, 'NTK', "'ntk'")])
 def test_rules_without_meaning_are_refused(name, options, rule, reason):
     with pytest.raises(ValueError, match=f'scaling must be .*got {rule!r}[.:]') as error:

@@ -6,12 +6,13 @@ everybody else asks of it, the payloads of a grid or of points (`_positions.py`)
 
 Shapes: see `rotations/__init__.py`.
 """
+import math
 from typing import Any, ClassVar, Dict, List, Optional, Set, Tuple, Type
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_flag, check_integer, check_positive
+from .._checks import check_choice, check_flag, check_integer, check_positive, check_real
 from ..positions.coordinates import COORDS, LARGEST_DIMS, Grid, describe_grid, to_grid
 from ..positions.scaling import log_n_scale
 from ..rotations import Rotation
@@ -63,6 +64,7 @@ class RotaryEncoding(MakesPayloads):
         device: Device of all tensors.
         dtype: float32 or float64; lower precisions are raised to float32.
         scaling: Rule for grids larger than the reference grid, see `scaling.py`; as `log_n` not saved with weights.
+            None is the one of the coordinates: 'interpolate' for those of DINOv3 and EVA, else 'extrapolate'.
         log_n: Whether attention multiplies its scores by `score_scale`, where there are more tokens than in training.
         shift: In training coordinates move by up to this part of half the reference image, see `augmentation.py`.
         jitter: In training each axis is stretched by a factor between 1 / jitter and jitter.
@@ -132,6 +134,8 @@ class RotaryEncoding(MakesPayloads):
         usage = {key: options.pop(key, default) for key, default in USAGE.items()}
         self.options = self._checked(options)
         self.coords: str = self.options['coords']
+        self.offset = float(self.options.get('offset', 0.))
+        self.register_side = math.isqrt(self.options.get('registers', 0))
         self.rotation = self.make_rotation()
         self._signature = self.signature_of(self.options, self.head_dim)
         self._cache = PayloadCache()
@@ -161,7 +165,7 @@ class RotaryEncoding(MakesPayloads):
     def signature_of(cls, options: Dict[str, Any], head_dim: Optional[int] = None) -> str:
         """Text that is saved with weights of these options; those not given have their defaults."""
         # what only matters for initialisation, or shows in the shapes, is not compared with a checkpoint
-        ignored = {*SHARING, 'temperature'} if cls.learned else set()
+        ignored = {*SHARING, 'temperature', 'scale'} if cls.learned else set()
         named = {k: v for k, v in {**cls.option_defaults(), **options}.items() if k not in ignored}
         if head_dim is not None:
             named['head_dim'] = head_dim  # nothing else in a checkpoint need tell the number of heads
@@ -176,8 +180,9 @@ class RotaryEncoding(MakesPayloads):
                 raise ValueError(message) if known else TypeError(message)
         options = {**taken, **options}
         check_choice(options['coords'], self.coords_choices, f'coords of {self.name!r}')
-        if 'temperature' in options:
-            check_positive(options['temperature'], 'temperature')
+        for key in {'temperature', 'scale', 'register_temperature'} & set(options):
+            check_positive(options[key], key)
+        check_real(options.get('offset', 0.), 'offset')
         if 'order' in options:
             check_choice(options['order'], ORDERS[self.dims], 'order')
         for key in SHARING:

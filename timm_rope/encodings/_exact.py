@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions.coordinates import format_grid, read_grid
+from ..positions.coordinates import format_grid, in_patches, read_grid, unit
 from ..rotations import AxesRotation, BlockRotation, PairRotation, Rotation, TripletRotation
 from ..rotations.axes import about_space
 from . import create_rope, list_ropes
@@ -168,12 +168,18 @@ def _form(rotation: Rotation) -> Any:
 
 def _scale(source: RotaryEncoding, target: RotaryEncoding, origin_matters: bool) -> Tensor:
     """The source's coordinates in units of the target's, x first, (D,)."""
-    same_steps = 'ends' not in (source.coords, target.coords) or source.coords == target.coords
+    if source.register_side != target.register_side:
+        raise _NoExactForm('its registers lie on a grid of their own, which prefix tokens do not in the other')
+    if source.offset != target.offset and origin_matters:
+        raise _NoExactForm(
+            f'the offset of its patches from the prefix tokens is {source.offset:g} here and {target.offset:g} there')
+    same_steps = {source.coords, target.coords} <= {'index', 'cells'} or source.coords == target.coords
     if source.coords != target.coords and (origin_matters or not same_steps):
         raise _NoExactForm(
             f'coordinates {source.coords!r} and {target.coords!r} differ in origin or step' + (
                 ', and prefix tokens, which do not turn, see the origin' if origin_matters else ''))
-    if source.coords == target.coords != 'index' and source.centered != target.centered and origin_matters:
+    normalised = source.coords == target.coords and not in_patches(source.coords)
+    if normalised and source.centered != target.centered and origin_matters:
         places = ['the middle' if rope.centered else 'the corner' for rope in (source, target)]
         raise _NoExactForm(
             f'the coordinates {source.coords!r} have their origin in {places[0]} of the image here and in {places[1]} '
@@ -188,8 +194,8 @@ def _in_units(freqs: Tensor, scale: Tensor) -> Tensor:
 def _unit(rope: RotaryEncoding) -> Tensor:
     """Step from patch to patch in the encoding's coordinates, x first; on 'ends' it depends on the grid likewise."""
     grid = read_grid(rope.reference_grid, 'reference_grid', rope.dims)
-    steps = [1. if rope.coords == 'index' else rope.span / size for size in reversed(grid)]
-    return torch.tensor(steps, dtype=torch.float64, device='cpu')
+    sides = torch.tensor(grid, dtype=torch.float64, device='cpu')
+    return torch.ones_like(sides) if in_patches(rope.coords) else rope.span / unit(sides, rope.coords).flip(0)
 
 
 def _shared(values: Tensor, target: RotaryEncoding) -> Tensor:

@@ -6,7 +6,16 @@ from torch import Tensor
 
 from .._tracing import plain, recording
 from ..positions.augmentation import augment
-from ..positions.coordinates import Grid, describe_grid, grid_axes, point_axes, read_grid, reference_side, to_grid
+from ..positions.coordinates import (
+    Grid,
+    describe_grid,
+    grid_axes,
+    index_axis,
+    point_axes,
+    read_grid,
+    reference_side,
+    to_grid,
+)
 from ..positions.scaling import growth, interpolate, rescale
 from ..rotations import Rotation
 from ._cache import KeepsPayloads
@@ -15,13 +24,15 @@ from ._state import SavedState
 from ._usage import HasUsage
 
 # FX keeps these as single nodes; it looks for them by name in the module that calls them, so not only where they stand
-for _name in ('augment', 'grid_axes', 'growth', 'per_block', 'reference_side', 'rescale'):
+for _name in ('augment', 'grid_axes', 'growth', 'index_axis', 'per_block', 'reference_side', 'rescale'):
     torch.fx.wrap(_name)
 
 
 class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
     """Part of `RotaryEncoding` that turns positions into payloads, by the convention and the usage of the encoding."""
     coords: str
+    offset: float
+    register_side: int
     rotation: Rotation
     span: ClassVar[float]
     centered: ClassVar[bool]
@@ -37,10 +48,14 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
                 f'torch.compile and torch.export take it.')
         return self
 
+    def register_frequencies(self) -> Tensor:
+        """Frequencies of registers that lie on a grid of their own; overridden by encodings with that option."""
+        return self.frequencies()
+
     def _payloads(self, grid: List[int], num_prefix_tokens: int) -> List[Tensor]:
-        axes = grid_axes(grid, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
-        identity, table = self._tables(axes, grid, False)
-        return per_block(identity, table, num_prefix_tokens, self.depth)
+        axes = grid_axes(grid, self.reference_grid, self.freqs, self.coords, self.span, self.centered, self.offset)
+        prefix, table = self._tables(axes, grid, False)
+        return per_block(prefix, table, num_prefix_tokens, self.depth, self.register_side * self.register_side)
 
     def at(
             self, coordinates: Tensor, num_prefix_tokens: int = 0, extent: Optional[Grid] = None,
@@ -74,12 +89,13 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
         if self._undecided and not recording():
             self._settle(extent)
         grid = None if extent is None else list(extent)
-        axes = point_axes(coordinates, grid, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
-        identity, table = self._tables(axes, grid, True)
+        axes = point_axes(
+            coordinates, grid, self.reference_grid, self.freqs, self.coords, self.span, self.centered, self.offset)
+        prefix, table = self._tables(axes, grid, True)
         table = table[:, :, 1:-1]  # without the ends of the grid
         if coordinates.ndim == 3:
-            identity, table = identity.unsqueeze(1), table.unflatten(2, coordinates.shape[:2]).transpose(1, 2)
-        return per_block(identity, table, num_prefix_tokens, self.depth)
+            prefix, table = prefix.unsqueeze(1), table.unflatten(2, coordinates.shape[:2]).transpose(1, 2)
+        return per_block(prefix, table, num_prefix_tokens, self.depth, self.register_side * self.register_side)
 
     def _settle(self, extent: Optional[Grid]) -> None:
         """In a training step, decide the grid that the coordinates are in units of."""
@@ -89,16 +105,17 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
             self.settle_reference_grid(extent)
 
     def _tables(self, axes: List[Tensor], grid: Optional[List[int]], points: bool) -> Tuple[Tensor, Tensor]:
-        """Payloads (L, H, 1, W) of a prefix token and (L, H, N, W) of positions in a grid; None is the reference grid.
+        """Payloads (L, H, 1 + R, W) of a prefix token and the registers that have places, and (L, H, N, W) of positions
+        in a grid; None is the reference grid.
 
         Axes are those of a grid (size,), or of points (N,); the first and the last place are those of the grid.
         """
         freqs = self.frequencies()
         dims = self.dims
         if self.scaling != 'extrapolate' and grid is not None:
-            s = growth(grid, self.reference_grid, self.freqs)
+            s = growth(grid, self.reference_grid, self.freqs, self.coords)
             if self.scaling == 'interpolate':
-                axes = [interpolate(axes[i], s[dims - 1 - i], self.coords) for i in range(dims)]
+                axes = [interpolate(axes[i], s[dims - 1 - i], self.coords, self.offset) for i in range(dims)]
             else:
                 side = reference_side(self.reference_grid, self.freqs, self.coords, self.span)
                 freqs = rescale(self.scaling, freqs, s, side, self.axes_apart)
@@ -108,9 +125,12 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
                 self._shift, self._jitter, self._rescale)
         # R(0) is the identity in every encoding: a prefix token sits at the origin
         origin = torch.zeros_like(axes[0][:1])
+        prefix = self._table(freqs, [origin for _ in range(dims)], False)
+        if self.register_side > 0:  # of images only
+            axis = index_axis(self.register_side, origin)
+            prefix = torch.cat((prefix, self.rotation.table(self.register_frequencies(), axis, axis)), dim=2)
         dtype = self.freqs.dtype  # frequencies may be wider
-        identity = self._table(freqs, [origin for _ in range(dims)], False)
-        return identity.to(dtype), self._table(freqs, axes, points).to(dtype)
+        return prefix.to(dtype), self._table(freqs, axes, points).to(dtype)
 
     def _table(self, freqs: Tensor, axes: List[Tensor], points: bool) -> Tensor:
         if not torch.jit.is_scripting():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 TOLERANCE = 0.1  # what averaging in low precision may lose; a second text with a weight of 5 % changes a bit by as much
 UNKNOWN_GRID = (0, 0)  # any grid of zeros
+LATER = dict(offset='0', registers='0', scale='1')  # options that older signatures do not name, and what they were
 
 
 def format_signature(name: str, options: Dict[str, Any]) -> str:
@@ -80,10 +81,10 @@ def signature_conflicts(saved: str, current: str) -> str:
         return ''
     if saved_parts[0] != current_parts[0]:
         return f'{saved_parts[0]!r} is not {current_parts[0]!r}'
-    ours = current_parts[1]
+    ours, theirs = current_parts[1], {**LATER, **saved_parts[1]}
     return ', '.join(
         f'{key} is {value} there and {ours[key]} here'
-        for key, value in saved_parts[1].items() if ours.get(key, value) != value)
+        for key, value in theirs.items() if ours.get(key, value) != value)
 
 
 def parse_signature(text: str) -> Optional[Tuple[str, Dict[str, str]]]:

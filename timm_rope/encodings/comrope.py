@@ -16,9 +16,10 @@ class ComRoPE(RotaryEncoding, name='comrope'):
     As LieRE, but the generators of a block are parallel and so commute: exactly relative whatever is learned. 'ld'
     learns t_x and t_y, and with block 2 is RoPE-Mixed in other coordinates; with 'ap' they are (0, 1) and (1, 0) in
     turn, so that a block sees one axis, and nothing is oblique. A starts as P - P^T and t_x, t_y with standard normal
-    numbers. The authors' heads share t_x and t_y, and their class token turns as a patch in the middle; here each head
-    has its own, and prefix tokens do not turn. Larger grids extrapolate. Channels of head_dim beyond the last block
-    pass unrotated. `freqs`: (1, depth, heads * blocks, block (block - 1) / 2, with 'ld' 2 more): triangles, t_x, t_y.
+    numbers. The authors' heads share t_x and t_y, here each has its own; their class token turns as a patch in the
+    middle of every image, which is coords 'dinov3' with an offset of -0.5. Larger grids extrapolate. Channels of
+    head_dim beyond the last block pass unrotated. `freqs`: (1, depth, heads * blocks, block (block - 1) / 2, with 'ld'
+    2 more): triangles, t_x, t_y.
 
     In D dimensions, as in the paper, 'ld' learns D numbers, and with 'ap' block j turns with coordinate j mod D of a
     position, the row first of an image.
@@ -27,6 +28,7 @@ class ComRoPE(RotaryEncoding, name='comrope'):
         variant: 'ld' (linearly dependent generators) or 'ap' (axial partition; head_dim must hold a block for each
             axis).
         block: Size of the generators, 2 .. head_dim; the authors' are at most 8. Exact closed forms for 2, 3, 4.
+        offset: Of patches from prefix tokens, along both axes: in patches with 'index' and 'eva', else in images.
         coords: 'cells' (as published: patch centres, from 0 to 1 across the reference grid), 'ends' or 'index'.
         share_heads: One set of generators for all heads of a layer.
         share_layers: One set of generators for all layers.
@@ -35,7 +37,7 @@ class ComRoPE(RotaryEncoding, name='comrope'):
     source = 'arXiv 2506.03737'
     learned = True
     oblique = True  # of 'ld'
-    defaults = dict(variant='ld', block=8, coords='cells')
+    defaults = dict(variant='ld', block=8, offset=0., coords='cells')
     span = 1.
     centered = False
     scalings = ('extrapolate', 'interpolate')

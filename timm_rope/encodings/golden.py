@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_group, check_positive, check_share
+from ..positions.coordinates import NORMALISED
 from ..rotations import PairRotation
 from ._base import RotaryEncoding
 from ._frequencies import joined, split
@@ -38,7 +39,7 @@ class Golden(RotaryEncoding, name='golden'):
     channel unrotated.
 
     Larger grids extrapolate with an unchanged step; the author's code squeezes them into [-1, 1], which is
-    `scaling='interpolate'`. There the sides of an image that is not square are sqrt(W / H) and sqrt(H / W) long, here
+    `coords='dinov3'`. There the sides of an image that is not square are sqrt(W / H) and sqrt(H / W) long, here
     each is 2 long. His published runs turned by twice the angle, his text recommends this one.
 
     In D = 1 and D = 3 dimensions directions are quasi-random, as in the author's code: with g^(D + 1) = g + 1 the
@@ -51,13 +52,13 @@ class Golden(RotaryEncoding, name='golden'):
         min_freq: Lowest frequency that is not zero; 0.2 in the author's runs on ImageNet, 1 on CIFAR-10.
         max_freq: Highest frequency; 20 on ImageNet, 100 on CIFAR-10. 20 is close to half a turn between 14 patches.
         p_zero_freqs: Share of the pairs that do not turn; a quarter did best on ImageNet, by 0.1 points.
-        coords: 'cells' (patch centres) or 'ends' (first and last row at -1 and 1, as published).
+        coords: 'cells' (patch centres), 'ends' (first and last row at -1 and 1, as published), or those of DINOv3.
     """
     summary = 'Fixed waves in directions that never repeat, others in every head; strong at 384 and 512 in its runs.'
     source = 'Jerry Xiong, 2025'
     oblique = True
     defaults = dict(min_freq=0.2, max_freq=20., p_zero_freqs=0., coords='cells')
-    coords_choices = ('cells', 'ends')
+    coords_choices = NORMALISED
     span = 2.
 
     def _checked(self, options: Dict[str, Any]) -> Dict[str, Any]:

@@ -19,7 +19,10 @@ class Mixed(RotaryEncoding, name='mixed'):
 
     Args:
         temperature: Ratio of the longest to the shortest initial wave vector.
-        coords: 'index' as NAVER; 'cells' or 'ends' are normalised to the reference grid.
+        scale: Length of the longest, in radians per unit of coordinate.
+        offset: Of patches from prefix tokens, along both axes: in patches with 'index' and 'eva', else in images.
+        coords: 'index' as NAVER; 'cells' or 'ends' are normalised to the reference grid; more in
+            `positions/coordinates.py`.
         share_heads: One set of frequencies for all heads of a layer.
         share_layers: One set of frequencies for all layers.
     """
@@ -27,10 +30,11 @@ class Mixed(RotaryEncoding, name='mixed'):
     source = 'arXiv 2403.13298'
     learned = True
     oblique = True
-    defaults = dict(temperature=10., coords='index')
+    defaults = dict(temperature=10., scale=1., offset=0., coords='index')
 
     def make_rotation(self) -> PairRotation:
         return PairRotation(self.head_dim, check_group(self.head_dim, 2, self.name))
 
     def initial_freqs(self) -> Tensor:
-        return turned_basis(self.rotation.groups, self.options['temperature'], self.dims, self.freqs[0, ..., 0])
+        basis = turned_basis(self.rotation.groups, self.options['temperature'], self.dims, self.freqs[0, ..., 0])
+        return self.options['scale'] * basis

@@ -41,8 +41,8 @@ class SimplexWaves(RotaryEncoding, name='nd'):
 
     Pair 3 s + j, j = 0, 1, 2, of head h turns by a = w_s (x cos phi + y sin phi) with
 
-        w_s = temperature^(-s / S), S = head_dim // 6       radians per unit of coordinate
-        phi = turn_h + 2 pi j / 3                           one random turn of each head, for all its scales
+        w_s = scale temperature^(-s / S), S = head_dim // 6     radians per unit of coordinate
+        phi = turn_h + 2 pi j / 3                               one random turn of each head, for all its scales
 
     Three such waves and their opposites form a hexagon: seen from the middle all directions are alike to the fourth
     order, with the crosses that `mixed` begins with to the second. All is fixed, and the same in all layers. Exactly
@@ -59,13 +59,14 @@ class SimplexWaves(RotaryEncoding, name='nd'):
 
     Args:
         temperature: Ratio of the highest to the lowest frequency.
+        scale: Highest frequency.
         seed: Of the turns of the heads, from 0 to 2^31 - 1.
-        coords: 'index' as published; 'cells' or 'ends' are normalised to the reference grid.
+        coords: 'index' as published; others in `positions/coordinates.py`.
     """
     summary = 'Fixed waves in threes, 120 degrees apart; in its paper far ahead of mixed on turned images.'
     source = 'arXiv 2606.12146'
     oblique = True
-    defaults = dict(temperature=100., seed=0, coords='index')
+    defaults = dict(temperature=100., scale=1., seed=0, coords='index')
 
     def _checked(self, options: Dict[str, Any]) -> Dict[str, Any]:
         options = super()._checked(options)
@@ -83,7 +84,8 @@ class SimplexWaves(RotaryEncoding, name='nd'):
 
     def initial_freqs(self) -> Tensor:
         draw = random.Random(self.options['seed'])
-        lengths = geometric(self.rotation.groups // (self.dims + 1), self.options['temperature'])
+        count = self.rotation.groups // (self.dims + 1)
+        lengths = [self.options['scale'] * w for w in geometric(count, self.options['temperature'])]
         corners = {1: _line, 2: _triangle, 3: _tetrahedron}[self.dims]
         return split(list(zip(*(
             [w * part for part in corner]

@@ -2,6 +2,7 @@
 from typing import List
 
 from .._checks import check_group
+from ..positions.coordinates import NORMALISED
 from ..rotations import PairRotation
 from ._base import RotaryEncoding
 from ._frequencies import axial
@@ -17,12 +18,12 @@ class Uniform(RotaryEncoding, name='uniform'):
     first, as in `axial`; the paper's form is that of two.
 
     Args:
-        coords: 'cells' (patch centres) or 'ends' (the paper's text).
+        coords: 'cells' (patch centres), 'ends' (the paper's text), or those of DINOv3: one turn over any image.
     """
     summary = 'One frequency, one turn over the image: the control that shows what diverse frequencies bring.'
     source = 'arXiv 2511.08368'
     defaults = dict(coords='cells')
-    coords_choices = ('cells', 'ends')
+    coords_choices = NORMALISED
     scalings = ('extrapolate', 'interpolate')
 
     def make_rotation(self) -> PairRotation:

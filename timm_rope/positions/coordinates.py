@@ -5,6 +5,7 @@ image are (y, x), row and column.
 
 A *reference grid* is the grid the weights were trained on. It fixes the unit of the relative conventions, so a larger
 grid reaches further and the step between two patches never changes (but see 'ends', and the rules of `scaling.py`).
+The conventions of DINOv3 and EVA differ in what happens without a rule, see `own_rule` there.
 """
 import math
 from numbers import Integral
@@ -23,26 +24,36 @@ else:
 LARGEST_DIMS = 3
 LARGEST_SIDE = 65535  # patches
 LARGEST_DRIFT = 0.25  # of a number that averages of equal numbers may have moved
-COORDS = ('index', 'cells', 'ends')
+NORMALISED = ('cells', 'ends', 'dinov3', 'dinov3_min', 'dinov3_max')
+COORDS = ('index', 'eva', *NORMALISED)
 
 
-def _axis(size: int, reference: Tensor, coords: str, span: float, centered: bool) -> Tensor:
-    index = torch.arange(size, device=reference.device).to(reference.dtype)
-    return _places(index, torch.full_like(reference, size), reference, coords, span, centered)
+def in_patches(coords: str) -> bool:
+    """Whether coordinates count patches, and are not normalised."""
+    return coords == 'index' or coords == 'eva'
 
 
-def _places(index: Tensor, size: Tensor, reference: Tensor, coords: str, span: float, centered: bool) -> Tensor:
+def unit(grid: Tensor, coords: str) -> Tensor:
+    """Patches in the image that coordinates are normalised by, (D,), of a grid (D,)."""
+    if coords == 'dinov3_min':
+        return grid.amin(0, keepdim=True).expand(grid.shape[0])
+    if coords == 'dinov3_max':
+        return grid.amax(0, keepdim=True).expand(grid.shape[0])
+    return grid
+
+
+def _places(
+        index: Tensor, size: Tensor, reference: Tensor, coords: str, span: float, centered: bool, offset: float,
+) -> Tensor:
     """Coordinates of what lies where patch `index` of `size` patches does; all shapes that broadcast."""
-    if coords == 'index':
-        return index
-    if coords == 'cells':
-        images = (index + 0.5) / reference
-    else:
+    if in_patches(coords):
+        return index + offset
+    if coords == 'ends':
         images = index * (size / ((size - 1.).clamp(min=1.) * reference))
         images = images + torch.where(size > 1., torch.zeros_like(size), 0.5 / reference)  # one patch is in its middle
-    if centered:
-        images = images - 0.5 * size / reference
-    return images * span
+    else:
+        images = (index + 0.5) / reference
+    return (images + (offset - 0.5 if centered else offset) * size / reference) * span
 
 
 def grid_axes(
@@ -52,6 +63,7 @@ def grid_axes(
         coords: str,
         span: float,
         centered: bool,
+        offset: float = 0.,
 ) -> List[Tensor]:
     """Coordinates along each axis of a grid; a patch is at (y[row], x[column]).
 
@@ -60,20 +72,33 @@ def grid_axes(
       an unchanged step.
     * 'ends': evenly spaced with both ends on the border, as arXiv 2511.08368 (section 4) and LieRE (arXiv 2406.10322)
       print it: from 0 to n / n_ref. The step is n / (n - 1) / n_ref, so it shrinks by 3.7 % from 14 to 28 patches.
+    * 'dinov3': as 'cells', of a model that was trained to have every grid squeezed or stretched to the reference image
+      (DINOv3, arXiv 2508.10104). 'dinov3_min' and 'dinov3_max' normalise both axes by the shorter or the longer side,
+      and have the origin half of that side from the corner.
+    * 'eva': as 'index', of a model that was trained so: patch i is then at i n_ref / n (EVA-02, arXiv 2303.11331).
 
     Args:
         grid: D sizes of the grid, (rows, columns) of an image.
         reference_grid: Tensor (D,), those of the reference grid, which are rounded.
         like: Tensor whose dtype the result has at least; float64 where it can be had.
-        coords: One of 'index', 'cells', 'ends'.
+        coords: One of COORDS.
         span: Length of the reference image in the returned unit (2 pi for an angle, 1 for a fraction).
         centered: Put the origin in the middle of the image instead of its top left corner.
+        offset: Added along every axis: patches in 'index' and 'eva', else sides of the image that is at hand.
 
     Returns:
         D tensors (size,), y and x of an image.
     """
     reference = widest(reference_grid.to(like.dtype)).round()
-    return [_axis(grid[i], reference[i], coords, span, centered) for i in range(len(grid))]
+    size = torch.stack([torch.full_like(reference[i], grid[i]) for i in range(len(grid))])
+    indices = [index_axis(grid[i], reference) for i in range(len(grid))]
+    reference, size = unit(reference, coords), unit(size, coords)
+    return [_places(indices[i], size[i], reference[i], coords, span, centered, offset) for i in range(len(grid))]
+
+
+def index_axis(size: int, like: Tensor) -> Tensor:
+    """0 .. size - 1 in the dtype of another tensor."""
+    return torch.arange(size, device=like.device).to(like.dtype)
 
 
 def point_axes(
@@ -84,6 +109,7 @@ def point_axes(
         coords: str,
         span: float,
         centered: bool,
+        offset: float = 0.,
 ) -> List[Tensor]:
     """Coordinates of points, between those of the first and the last patch of their grid.
 
@@ -92,7 +118,7 @@ def point_axes(
     Args:
         points: (..., D), row and column, where the patches of the grid have whole numbers from 0.
         extent: Sizes of the grid; None is the reference grid.
-        reference_grid, like, coords, span, centered: As `grid_axes`.
+        reference_grid, like, coords, span, centered, offset: As `grid_axes`.
 
     Returns:
         D tensors (1 + N + 1,).
@@ -104,13 +130,14 @@ def point_axes(
     wide = widest(points if points.dtype in (torch.float32, torch.float64) else points.to(like.dtype))
     wide = wide.reshape(-1, points.shape[-1])
     wide = torch.cat((torch.zeros_like(size).unsqueeze(0), wide, (size - 1.).unsqueeze(0)))
-    return list(_places(wide, size, reference, coords, span, centered).unbind(-1))
+    places = _places(wide, unit(size, coords), unit(reference, coords), coords, span, centered, offset)
+    return list(places.unbind(-1))
 
 
 def reference_side(reference_grid: Tensor, like: Tensor, coords: str, span: float) -> Tensor:
     """Length of the reference grid along x, y, ..., (D,), in the unit of the coordinates; arguments as `grid_axes`."""
-    side = widest(reference_grid.to(like.dtype)).round().flip(0)
-    return side if coords == 'index' else torch.full_like(side, span)
+    side = widest(reference_grid.to(like.dtype)).round()
+    return side.flip(0) if in_patches(coords) else (side / unit(side, coords) * span).flip(0)
 
 
 def square_grid(tokens: int) -> Optional[Tuple[int, int]]:

@@ -1,6 +1,7 @@
 """What happens on grids larger than the reference grid: rules for coordinates, frequencies and attention scores.
 
 Along each axis s = max(size / reference size, 1) is how much the grid has grown; where it has not, nothing changes.
+(In the coordinates of DINOv3 and EVA s is below 1 on smaller grids, see `own_rule`.)
 With a coordinate p, a frequency w and r the turns that w makes over the reference grid:
 
     extrapolate   w p          the step between two patches is that of training, the range grows
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from .._precision import widest
+from .coordinates import unit
 
 RULES = ('extrapolate', 'interpolate', 'ntk', 'yarn')
 
@@ -42,21 +44,32 @@ RULES = ('extrapolate', 'interpolate', 'ntk', 'yarn')
 ALPHA, BETA = 0.5, 2.0
 
 
-def growth(grid: List[int], reference_grid: Tensor, like: Tensor) -> Tensor:
-    """How much a grid has grown along x, y, ..., (D,): at least 1.
+def own_rule(coords: str) -> str:
+    """The rule that models with these coordinates are trained with, where no other is asked for.
+
+    DINOv3 and EVA bring every grid to the size of the reference grid, smaller ones too: there s may be below 1, in all
+    rules, and 'extrapolate' is the one that they were not made for.
+    """
+    return 'interpolate' if coords == 'eva' or coords.startswith('dinov3') else 'extrapolate'
+
+
+def growth(grid: List[int], reference_grid: Tensor, like: Tensor, coords: str = 'index') -> Tensor:
+    """How much a grid has grown along x, y, ..., (D,): at least 1, but see `own_rule`.
 
     Args:
         grid: D sizes of the grid, (rows, columns) of an image.
         reference_grid: Tensor (D,), those of the reference grid.
         like: Tensor whose dtype the result has at least.
+        coords: Convention of the coordinates.
     """
     reference = widest(reference_grid.to(like.dtype)).round()
     # a number divided by a tensor is rounded twice, and 49 / 49 is not 1
     size = torch.stack([torch.full_like(reference[i], grid[i]) for i in range(len(grid))])
-    return (size / reference).clamp(min=1.).flip(0)
+    s = (unit(size, coords) / unit(reference, coords)).flip(0)
+    return s if own_rule(coords) == 'interpolate' else s.clamp(min=1.)
 
 
-def interpolate(axis: Tensor, s: Tensor, coords: str) -> Tensor:
+def interpolate(axis: Tensor, s: Tensor, coords: str, offset: float = 0.) -> Tensor:
     """Coordinates of a grid that has grown by `s`, squeezed to where their patches are on the reference grid.
 
     Args:
@@ -64,9 +77,10 @@ def interpolate(axis: Tensor, s: Tensor, coords: str) -> Tensor:
         s: Growth along that axis.
         coords: Convention of the coordinates. Index coordinates have their origin in the middle of the first patch,
             half a patch from the border that stays where it is: patch i is at (i + 1/2) / s - 1/2.
+        offset: That of the coordinates; index coordinates keep it, so that the border stays as far from prefix tokens.
     """
     if coords == 'index':
-        return (axis + 0.5) / s - 0.5
+        return (axis - offset + 0.5) / s - 0.5 + offset
     return axis / s
 
 
