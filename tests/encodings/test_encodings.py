@@ -512,7 +512,7 @@ def test_meta_load_then_non_persistent_buffers(name):
     (lambda: make('axial', reference_grid=()), ValueError, r'reference_grid must be one to three positive.*\(\)'),
     (lambda: make('axial', reference_grid=(4, 4, 4, 4)), ValueError, r'must be one to three positive .*\(4, 4, 4, 4\)'),
     (lambda: make('spiral', reference_grid=(14,)), ValueError, 'must be two positive.*directions go around in the pl'),
-    (lambda: make('axial', {'registers': 4}, reference_grid=(14,)), ValueError, 'registers must be .* 0 where .*, got 4'),
+    (lambda: make('axial', {'registers': 4}, reference_grid=(14,)), ValueError, 'registers must be .* 0 where'),
     (lambda: make('spherical', {'order': 'yx'}, reference_grid=(4, 4, 4)), ValueError, "order.* 'zyx', 'zxy'.*'yx'"),
     (lambda: make('axial', reference_grid=(14,))((3, 4)), ValueError, r'grid_size must be one positive .*\(3, 4'),
     (lambda: make('axial', reference_grid=(14,))(3), ValueError, 'grid_size must be one positive integer.*got 3'),
