@@ -126,7 +126,7 @@ class NaiveRotation(nn.Module):
         super().__init__()
         freqs = rope.frequencies().detach()
         self.freqs = nn.Parameter(freqs[:, layer % freqs.shape[1]].clone(), requires_grad=rope.learned)
-        y, x = grid_axes(*grid, rope.reference_grid, rope.freqs, rope.coords, rope.span, rope.centered)
+        y, x = grid_axes(list(grid), rope.reference_grid, rope.freqs, rope.coords, rope.span, rope.centered)
         self.y = y.float().repeat_interleave(grid[1])  # (N,), row-major
         self.x = x.float().repeat(grid[0])
         self.prefix, self.rotated, self.size = prefix, rope.rotation.rotated, rope.rotation.size

@@ -1,6 +1,8 @@
 """Rotation matrices from the formulas, position by position, in float64 NumPy. Shares no code with the package."""
+import itertools
 import math
 import random
+import statistics
 
 import numpy as np
 
@@ -10,16 +12,20 @@ def coordinates(size, reference, coords, span, centered):
     return [coordinate(i, size, reference, coords, span, centered) for i in range(size)]
 
 
-def coordinate(place, size, reference, coords, span, centered):
+def coordinate(place, size, reference, coords, span, centered, offset=0.0):
     """Coordinate of any place, in patches, along an axis of `size` patches."""
     if coords == 'index':
-        return float(place)
+        return float(place) + offset
+    if coords == 'eva':
+        return (place + offset) / size * reference
+    if coords.startswith('dinov3'):  # whatever the reference grid
+        return span * ((place + 0.5) / size + offset) - (0.5 * span if centered else 0.0)
     if coords == 'cells':
         image = (place + 0.5) / reference
     else:
         image = size / reference * place / (size - 1) if size > 1 else (place + 0.5) / reference
     shift = 0.5 * size / reference if centered else 0.0
-    return span * (image - shift)
+    return span * (image - shift + offset * size / reference)
 
 
 def turn(angle):
@@ -34,14 +40,16 @@ def pairs(head_dim, angles):
     return matrix
 
 
-def triplets(head_dim, yaw, roll, order):
-    """Yaw on channels (3g, 3g+1), roll on (3g+1, 3g+2); order 'yx': the roll by y acts first."""
+def triplets(head_dim, angles, order):
+    """By x channels (3g, 3g+1) turn, a yaw, by y (3g+1, 3g+2), a roll, by z (3g+2, 3g); order 'yx': the roll first."""
     matrix = np.eye(head_dim)
-    for g, (a, b) in enumerate(zip(yaw, roll)):
-        y, r = np.eye(3), np.eye(3)
-        y[:2, :2] = turn(a)
-        r[1:, 1:] = turn(b)
-        matrix[3 * g:3 * g + 3, 3 * g:3 * g + 3] = y @ r if order == 'yx' else r @ y
+    for g, of_group in enumerate(zip(*angles)):
+        for axis in order:
+            number = 'xyz'.index(axis)
+            one, channels = np.eye(3), [(0, 1), (1, 2), (2, 0)][number]
+            one[np.ix_(channels, channels)] = turn(of_group[number])
+            place = slice(3 * g, 3 * g + 3)
+            matrix[place, place] = one @ matrix[place, place]
     return matrix
 
 
@@ -51,14 +59,14 @@ def skew_exponential(matrix):
     return (vectors @ np.diag(np.exp(-1j * values)) @ vectors.conj().T).real
 
 
-def blocks(head_dim, size, triangles_x, triangles_y, x, y):
-    """exp(x A_x + y A_y) on each block; triangles hold the strict upper triangle row by row."""
+def blocks(head_dim, size, triangles, p):
+    """exp(x A_x + y A_y + ...) on each block; triangles hold the strict upper triangle row by row, for every axis."""
     matrix = np.eye(head_dim)
-    for g, (tx, ty) in enumerate(zip(triangles_x, triangles_y)):
+    for g, of_axes in enumerate(zip(*triangles)):
         a, k = np.zeros((size, size)), 0
         for i in range(size):
             for j in range(i + 1, size):
-                a[i, j] = x * tx[k] + y * ty[k]
+                a[i, j] = sum(c * triangle[k] for c, triangle in zip(p, of_axes))
                 a[j, i] = -a[i, j]
                 k += 1
         matrix[g * size:(g + 1) * size, g * size:(g + 1) * size] = skew_exponential(a)
@@ -122,13 +130,16 @@ def formula(*names, span=2 * math.pi, centered=True):
 
 
 class Place:
-    """What a formula may know: sizes and options of an encoding, learned values of one layer and head, a position."""
+    """What a formula may know: sizes and options of an encoding, learned values of one layer and head, a position.
+
+    The position is p, in coordinates of the encoding with the last first: (x, y), or (x,), or (x, y, z).
+    """
 
     def __init__(self, rope, grid, layer, head):
         self.dim, self.options, self.grid = rope.head_dim, rope.options, grid
         learned = rope.freqs.detach().double().cpu().numpy() if rope.learned else None
         self.all_learned, self.layer, self.head = learned, layer, head
-        self.x = self.y = 0.
+        self.dims, self.p = rope.reference_grid.numel(), None
 
     def pick(self, table):
         """The entry of this layer and head of (L or 1, H or 1, ...)."""
@@ -136,45 +147,45 @@ class Place:
 
     @property
     def learned(self):
-        """Learned values of x and of y."""
+        """Learned values of x, of y, ..."""
         return None if self.all_learned is None else [self.pick(table) for table in self.all_learned]
 
     def series(self, count):
-        return [self.options['temperature'] ** (-g / count) for g in range(count)]
+        return [self.options.get('scale', 1.) * self.options['temperature'] ** (-g / count) for g in range(count)]
 
 
 @formula('axial')
 def axial(at):
-    w = at.series(at.dim // 4)
-    return pairs(at.dim, [at.x * f for f in w] + [at.y * f for f in w])
+    w = at.series(at.dim // (2 * at.dims))
+    return pairs(at.dim, [c * f for c in at.p for f in w])
 
 
 @formula('uniform')
 def uniform(at):
-    return pairs(at.dim, [at.x] * (at.dim // 4) + [at.y] * (at.dim // 4))
+    return pairs(at.dim, [c for c in at.p for _ in range(at.dim // (2 * at.dims))])
 
 
 @formula('axial_learned')
 def axial_learned(at):
     w, = at.learned
-    half = len(w) // 2
-    return pairs(at.dim, [at.x * f for f in w[:half]] + [at.y * f for f in w[half:]])
+    return pairs(at.dim, [c * f for c, part in zip(at.p, np.split(w, at.dims)) for f in part])
 
 
 @formula('mixed')
 def mixed(at):
-    return pairs(at.dim, [at.x * fx + at.y * fy for fx, fy in zip(*at.learned)])
+    return pairs(at.dim, [np.dot(at.p, wave) for wave in zip(*at.learned)])
 
 
 @formula('spherical', 'spherical_learned')
 def spherical(at):
-    wx, wy = at.learned or [at.series(at.dim // 3)] * 2
-    return triplets(at.dim, [at.x * f for f in wx], [at.y * f for f in wy], at.options['order'])
+    frequencies = at.learned or [at.series(at.dim // 3)] * at.dims
+    return triplets(at.dim, [[c * f for f in w] for c, w in zip(at.p, frequencies)], at.options['order'])
 
 
 @formula('spiral')
 def spiral(at):
-    return pairs(at.dim, spiral_angles(at.dim, at.options, at.grid, at.y, at.x))
+    x, y = at.p
+    return pairs(at.dim, spiral_angles(at.dim, at.options, at.grid, y, x))
 
 
 @formula('golden', span=2.)
@@ -185,29 +196,42 @@ def golden(at):
     golden_ratio = (1 + math.sqrt(5)) / 2
     angles = []
     for i, w in enumerate([0.] * zeros + turning.tolist()):
-        phi = (at.head * pairs_of_head + i) * math.pi / golden_ratio
-        angles.append(w * (at.x * math.cos(phi) + at.y * math.sin(phi)))
+        number = at.head * pairs_of_head + i
+        if at.dims == 2:
+            phi = number * math.pi / golden_ratio
+            direction = np.array([math.cos(phi), math.sin(phi)])
+        else:  # normal numbers from the sequence whose steps are powers of the root of g^(D + 1) = g + 1
+            generalised = max(np.roots([1, *[0] * (at.dims - 1), -1, -1]).real)
+            even = [(number + 1) * generalised ** -(axis + 1) % 1 for axis in range(at.dims)]
+            direction = np.array([statistics.NormalDist().inv_cdf(u) for u in even])
+        angles.append(w * np.dot(at.p, direction / np.linalg.norm(direction)))
     return pairs(at.dim, angles)
 
 
 @formula('nd')
 def nd(at):
-    scales, angles = at.dim // 6, []
     draw = random.Random(at.options['seed'])
-    turn_of_head = [draw.uniform(0, 360) for _ in range(at.head + 1)][-1]
-    for w in at.series(scales):
-        for corner in (0, 120, 240):
-            phi = math.radians(turn_of_head + corner)
-            angles.append(w * at.x * math.cos(phi) + w * at.y * math.sin(phi))
-    return pairs(at.dim, angles)
+    for _ in range(at.head + 1):
+        if at.dims == 2:
+            first = draw.uniform(0, 360)
+            corners = [[math.cos(math.radians(first + a)), math.sin(math.radians(first + a))] for a in (0, 120, 240)]
+        elif at.dims == 1:
+            corners = [[1.], [-1.]]
+        else:  # every second corner of a cube, turned by a random quaternion
+            u, *angles = draw.random(), draw.uniform(0, 360), draw.uniform(0, 360)
+            a, b = ([math.sin(math.radians(angle)), math.cos(math.radians(angle))] for angle in angles)
+            q = np.array([a[0] * (1 - u) ** 0.5, a[1] * (1 - u) ** 0.5, b[0] * u ** 0.5, b[1] * u ** 0.5])
+            cube = [[s, t, s * t] for s in (1, -1) for t in (1, -1)]
+            corners = [triplets_of_space(3, [q]) @ corner / 3 ** 0.5 for corner in cube]
+    return pairs(at.dim, [w * np.dot(at.p, c) for w in at.series(at.dim // (2 * at.dims + 2)) for c in corners])
 
 
 @formula('liere', span=1., centered=False)
 def liere(at):
     size = at.options['block']
     count = at.dim // size
-    along_x, along_y = at.all_learned.reshape(2, at.all_learned.shape[1], -1, count, size * (size - 1) // 2)
-    return blocks(at.dim, size, at.pick(along_x), at.pick(along_y), at.x, at.y)
+    values = at.all_learned.reshape(at.dims, at.all_learned.shape[1], -1, count, size * (size - 1) // 2)
+    return blocks(at.dim, size, [at.pick(along) for along in values], at.p)
 
 
 @formula('comrope', span=1., centered=False)
@@ -216,28 +240,31 @@ def comrope(at):
     count, entries = at.dim // size, size * (size - 1) // 2
     values = at.all_learned[0]
     rows = at.pick(values.reshape(values.shape[0], -1, count, values.shape[-1]))
-    steps = [(g % 2, 1 - g % 2) if one_axis else row[entries:] for g, row in enumerate(rows)]
-    along_x, along_y = ([step[axis] * row[:entries] for step, row in zip(steps, rows)] for axis in (0, 1))
-    return blocks(at.dim, size, along_x, along_y, at.x, at.y)
+    # the first block turns with the first number of a position, which is the last of p
+    steps = [np.eye(at.dims)[::-1][g % at.dims] if one_axis else row[entries:] for g, row in enumerate(rows)]
+    along = [[step[axis] * row[:entries] for step, row in zip(steps, rows)] for axis in range(at.dims)]
+    return blocks(at.dim, size, along, at.p)
 
 
 @formula('geope')
 def geope(at):
     turns = []
+    units = np.eye(3)[[1, 0, 2]]  # x turns about j, y about i, z about k, each by half an angle
     for w in at.series(at.dim // 3):
-        mean = [at.y * w / 4, at.x * w / 4, 0.]  # of the logarithms: half an angle along i, half of one along j
-        turns.append(quaternion(mean))
+        turns.append(quaternion(np.mean([c * w / 2 * unit for c, unit in zip(at.p, units)], axis=0)))
     return triplets_of_space(at.dim, turns)
 
 
 @formula('quatro')
 def quatro(at):
     count = at.dim // 3
-    values = at.all_learned.reshape(2, at.all_learned.shape[1], -1, count, 3)
+    values = at.all_learned.reshape(at.dims, at.all_learned.shape[1], -1, count, 3)
     turns = []
-    for a_x, a_y in zip(*(at.pick(axes) for axes in values)):
-        by_x, by_y = quaternion(a_x * at.x / 2), quaternion(a_y * at.y / 2)
-        turns.append(hamilton(by_x, by_y) if at.options['order'] == 'yx' else hamilton(by_y, by_x))
+    for axes in zip(*(at.pick(axes) for axes in values)):
+        r = np.array([1., 0., 0., 0.])
+        for number in map('xyz'.index, at.options['order']):
+            r = hamilton(quaternion(axes[number] * at.p[number] / 2), r)
+        turns.append(r)
     return triplets_of_space(at.dim, turns)
 
 
@@ -249,37 +276,40 @@ def string(at):
     for g in range(count):
         values = [at.pick(table)[g] for table in learned]
         if at.options['basis'] == 'circulant':  # a circulant matrix multiplies the Fourier transform
-            half, column = values[0] * at.x + values[1] * at.y, np.zeros(size)
+            half, column = np.dot(at.p, values), np.zeros(size)
             column[1:len(half) + 1] = half
             column -= np.roll(column[::-1], 1)
             turned = np.fft.ifft(np.exp(np.fft.fft(column))).real
             block = [[turned[(i - j) % size] for j in range(size)] for i in range(size)]
         else:
-            waves, s = values[0][:size // 2 * 2].reshape(2, -1), np.zeros((size, size))
-            s[np.triu_indices(size, 1)] = values[0][size // 2 * 2:]
+            of_waves = size // 2 * at.dims
+            waves, s = values[0][:of_waves].reshape(at.dims, -1), np.zeros((size, size))
+            s[np.triu_indices(size, 1)] = values[0][of_waves:]
             s -= s.T
             basis = (np.eye(size) - s) @ np.linalg.inv(np.eye(size) + s)
-            block = basis @ pairs(size, waves[0] * at.x + waves[1] * at.y) @ basis.T
+            block = basis @ pairs(size, np.dot(at.p, waves)) @ basis.T
         matrix[g * size:(g + 1) * size, g * size:(g + 1) * size] = block
     return matrix
 
 
 def rotations(rope, grid, layer, head):
     """(N, D, D) matrices of an encoding, from its name, options and learned values alone."""
-    return rotations_at(rope, [(i, j) for i in range(grid[0]) for j in range(grid[1])], grid, layer, head)
+    return rotations_at(rope, list(itertools.product(*map(range, grid))), grid, layer, head)
 
 
 def rotations_at(rope, points, grid, layer, head):
-    """The same at points (row, column) in units of patches of a grid."""
+    """The same at points (row, column), or of as many numbers as the grid has sizes, in units of its patches."""
     if rope.name not in FORMULAS:
         raise NotImplementedError(f'write the formula of {rope.name!r} in tests/oracle.py, under @formula')
     span, centered = FRAMES[rope.name]
-    reference = rope.reference_grid.tolist()
+    reference, coords = rope.reference_grid.tolist(), rope.options['coords']
+    sides = {'dinov3_min': [min(grid)] * len(grid), 'dinov3_max': [max(grid)] * len(grid)}.get(coords, grid)
     at = Place(rope, grid, layer, head)
     out = []
-    for row, column in points:
-        at.y = coordinate(row, grid[0], reference[0], rope.options['coords'], span, centered)
-        at.x = coordinate(column, grid[1], reference[1], rope.options['coords'], span, centered)
+    for point in points:
+        places = zip(point, sides, reference)
+        offset = rope.options.get('offset', 0.)
+        at.p = [coordinate(c, size, of, coords, span, centered, offset) for c, size, of in places][::-1]
         out.append(FORMULAS[rope.name](at))
     return np.stack(out)
 

@@ -18,6 +18,13 @@ def check_positive(value: Any, name: str) -> float:
     return float(value)
 
 
+def check_real(value: Any, name: str) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f'{name} must be a finite number, got {value!r}.')
+    return float(value)
+
+
 def check_choice(value: Any, choices: Sequence[str], name: str) -> str:
     """One of `choices`."""
     if value not in choices:

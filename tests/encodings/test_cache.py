@@ -40,7 +40,7 @@ def make(name='mixed', **kwargs):
 def fresh(rope, grid, prefix=0):
     """What an encoding without a cache would return."""
     with torch.no_grad():
-        return rope._payloads(*grid, prefix)
+        return rope._payloads(list(grid), prefix)
 
 
 def assert_current(rope, grid=(3, 4), prefix=1):

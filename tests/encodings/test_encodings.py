@@ -16,7 +16,12 @@ LEARNED = [name for name, encoding in ENCODINGS.items() if encoding.learned]
 VARIANTS = [(name, {}) for name in NAMES] + [
     ('axial', {'temperature': 50.}), ('axial', {'coords': 'cells'}), ('axial', {'coords': 'ends'}),
     ('axial_learned', {'share_heads': True}), ('mixed', {'share_layers': True, 'coords': 'cells'}),
-    ('uniform', {'coords': 'ends'}),
+    ('uniform', {'coords': 'ends'}), ('uniform', {'coords': 'dinov3'}), ('golden', {'coords': 'dinov3'}),
+    ('axial', {'coords': 'dinov3', 'scale': 2.}), ('axial', {'coords': 'dinov3_min', 'scale': 2., 'offset': .25}),
+    ('axial', {'coords': 'eva', 'temperature': 1e4, 'offset': 1}), ('mixed', {'coords': 'dinov3_max', 'scale': 2.}),
+    ('axial_learned', {'coords': 'index', 'offset': -2.5}), ('spiral', {'coords': 'eva', 'directions': 4}),
+    ('comrope', {'coords': 'dinov3', 'offset': -.5}), ('nd', {'coords': 'dinov3', 'scale': 2.}),
+    ('liere', {'coords': 'eva'}), ('spherical', {'coords': 'dinov3_min'}), ('mixed', {'coords': 'cells', 'offset': .5}),
     ('spherical', {'order': 'xy'}), ('spherical', {'temperature': 1e4, 'coords': 'ends'}),
     ('spherical_learned', {'order': 'xy', 'share_heads': True, 'share_layers': True}),
     ('golden', {'coords': 'ends', 'max_freq': 5.}), ('golden', {'p_zero_freqs': 0.25, 'min_freq': 1.}),
@@ -74,7 +79,7 @@ def test_formula_on_a_large_grid(name, reference):
         exact.freqs.data.copy_(rope.freqs.data)
     whole = exact.rotate(torch.ones(1, 1, 4096, 32, dtype=torch.float64), exact((64, 64))[0]).detach()[0, 0].numpy()
     assert np.abs(got - whole).max() < 3e-6
-    corner = oracle.rotations(rope, (64, 64), 0, 0)[-3:]
+    corner = oracle.rotations_at(rope, [(63, 61), (63, 62), (63, 63)], (64, 64), 0, 0)
     assert np.abs(got[-3:] - corner.sum(-1)).max() < 3e-6
 
 
@@ -368,7 +373,7 @@ def test_ends_shrink_the_step_as_the_papers_do(name):
     from timm_rope.positions.coordinates import grid_axes
     reference = torch.tensor([14, 14])
     for size in (14, 28):
-        _, x = grid_axes(3, size, reference, torch.zeros(1, dtype=torch.float64), 'ends', 2 * math.pi, True)
+        _, x = grid_axes([3, size], reference, torch.zeros(1, dtype=torch.float64), 'ends', 2 * math.pi, True)
         assert torch.allclose(x, torch.linspace(-math.pi, math.pi, size, dtype=torch.float64) * size / 14)
 
 
@@ -504,7 +509,16 @@ def test_meta_load_then_non_persistent_buffers(name):
     (lambda: make('golden', {'p_zero_freqs': 1.5}), ValueError, 'p_zero_freqs must be a number from 0 to 1, got 1.5'),
     (lambda: make('golden', {'p_zero_freqs': True}), ValueError, 'p_zero_freqs must be a number from 0 to 1'),
     (lambda: make('mixed', {'share_heads': 'yes'}), ValueError, "share_heads must be True or False, got 'yes'"),
-    (lambda: make('axial', reference_grid=(14,)), ValueError, r'reference_grid must be two positive integers.*\(14,\)'),
+    (lambda: make('axial', reference_grid=()), ValueError, r'reference_grid must be one to three positive.*\(\)'),
+    (lambda: make('axial', reference_grid=(4, 4, 4, 4)), ValueError, r'must be one to three positive .*\(4, 4, 4, 4\)'),
+    (lambda: make('spiral', reference_grid=(14,)), ValueError, 'must be two positive.*directions go around in the pl'),
+    (lambda: make('axial', {'registers': 4}, reference_grid=(14,)), ValueError, 'registers must be .* 0 where'),
+    (lambda: make('spherical', {'order': 'yx'}, reference_grid=(4, 4, 4)), ValueError, "order.* 'zyx', 'zxy'.*'yx'"),
+    (lambda: make('axial', reference_grid=(14,))((3, 4)), ValueError, r'grid_size must be one positive .*\(3, 4'),
+    (lambda: make('axial', reference_grid=(14,))(3), ValueError, 'grid_size must be one positive integer.*got 3'),
+    (lambda: make('axial', reference_grid=(4, 4, 4))((3, 4)), ValueError, 'three positive integers .frames, rows'),
+    (lambda: make('axial')((3,)), ValueError, r'two positive integers .*\(3,\)'),
+    (lambda: torch.jit.script(make('axial', reference_grid=(14,))), ValueError, 'TorchScript takes .* images only'),
     (lambda: make('axial', reference_grid=(0, 14)), ValueError, r'reference_grid.*\(0, 14\)'),
     (lambda: make('axial', reference_grid=14), ValueError, 'reference_grid.*14'),
     (lambda: make('axial', reference_grid=(14., 14.)), ValueError, 'reference_grid'),

@@ -1,4 +1,4 @@
-"""Points anywhere: `rope.at(coordinates)`, of which the patches of a grid are the special case."""
+"""Points anywhere: `rope.at(coordinates)`, of which the patches of a grid are a special case; in 1 to 3 dimensions."""
 import math
 
 import numpy as np
@@ -8,28 +8,37 @@ import torch
 
 import timm_rope
 from timm_rope.encodings import ENCODINGS
+from timm_rope.encodings._base import ORDERS
 from timm_rope.kernels import rotate
 from timm_rope.rotations import BlockRotation
 
 NAMES = timm_rope.list_ropes()
 LEARNED = [name for name in NAMES if ENCODINGS[name].learned]
-VARIANTS = [(name, {}) for name in NAMES] + [
+OPTIONS = [(name, {}) for name in NAMES] + [
     ('axial', {'coords': 'cells'}), ('axial', {'coords': 'ends'}), ('mixed', {'share_layers': True, 'coords': 'ends'}),
-    ('uniform', {'coords': 'ends'}), ('spherical', {'order': 'xy'}), ('spiral', {'clamp': True}),
+    ('axial', {'coords': 'dinov3'}), ('axial', {'coords': 'dinov3_min'}), ('mixed', {'coords': 'eva', 'offset': 1}),
+    ('uniform', {'coords': 'ends'}), ('spiral', {'clamp': True}),
     ('string', {'basis': 'circulant', 'block': 7}), ('string', {'block': 4, 'coords': 'ends'}),
     ('liere', {'block': 3}), ('liere', {'block': 4}), ('liere', {'share_heads': True, 'coords': 'ends'}),
-    ('comrope', {'variant': 'ap', 'block': 4}), ('geope', {'coords': 'index'}), ('quatro', {'order': 'xy'})]
-IDS = ['-'.join([name, *map(str, options.values())]) for name, options in VARIANTS]
-RULES = [(name, rule) for name in NAMES for rule in ENCODINGS[name].scalings if rule != 'extrapolate']
+    ('comrope', {'variant': 'ap', 'block': 4}), ('geope', {'coords': 'index'})]
+VARIANTS = [(name, options, dims) for name, options in OPTIONS for dims in ENCODINGS[name].dimensions] + [
+    (name, {'order': order}, dims) for name in NAMES if 'order' in ENCODINGS[name].defaults
+    for dims in ENCODINGS[name].dimensions for order in ORDERS[dims][1:]]
+IDS = ['-'.join([name, *map(str, options.values()), str(dims)]) for name, options, dims in VARIANTS]
+EVERY = [(name, dims) for name in NAMES for dims in ENCODINGS[name].dimensions]
+RULES = [(name, rule, dims) for name, dims in EVERY for rule in ENCODINGS[name].scalings if rule != 'extrapolate']
 
 
-def make(name, head_dim=32, reference_grid=(5, 7), **kwargs):
+GRIDS = {1: (8,), 2: (5, 7), 3: (4, 5, 7)}
+
+
+def make(name, head_dim=32, dims=2, reference_grid=None, **kwargs):
     torch.manual_seed(0)
-    return timm_rope.create_rope(name, head_dim, 2, 2, reference_grid, **kwargs)
+    return timm_rope.create_rope(name, head_dim, 2, 2, reference_grid or GRIDS[dims], **kwargs)
 
 
-def patches(rows, columns):
-    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+def patches(*grid):
+    return torch.cartesian_prod(*map(torch.arange, grid)).reshape(-1, len(grid))
 
 
 def has_equal_bits(rope):
@@ -37,9 +46,9 @@ def has_equal_bits(rope):
     return not isinstance(rope.rotation, BlockRotation) or rope.rotation.size <= 4
 
 
-def points(*shape, dtype=torch.float32, low=-3., high=12., seed=1):
+def points(*shape, dims=2, dtype=torch.float32, low=-3., high=12., seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return low + (high - low) * torch.rand(*shape, 2, dtype=dtype, generator=generator)
+    return low + (high - low) * torch.rand(*shape, dims, dtype=dtype, generator=generator)
 
 
 def scores(rope, payload, seed=2):
@@ -52,12 +61,12 @@ def scores(rope, payload, seed=2):
 
 # -- values
 
-@pytest.mark.parametrize('name,options', VARIANTS, ids=IDS)
-@pytest.mark.parametrize('extent', [None, (9, 4), (1, 6)])
+@pytest.mark.parametrize('name,options,dims', VARIANTS, ids=IDS)
+@pytest.mark.parametrize('extent', [None, (3, 9, 4), (1, 1, 6)])
 @torch.no_grad()  # generators that learn are squared in float32, see test_exponential.py
-def test_formula(name, options, extent):
-    rope = make(name, **options)
-    at = points(2, 6)
+def test_formula(name, options, dims, extent):
+    rope, extent = make(name, dims=dims, **options), extent and extent[-dims:]
+    at = points(2, 6, dims=dims)
     payloads = rope.at(at, 1, extent)
     x = torch.randn(2, 2, 7, 32)
     for layer in range(2):
@@ -66,29 +75,32 @@ def test_formula(name, options, extent):
         assert torch.equal(got[:, :, 0], x[:, :, 0]), 'prefix tokens do not turn'
         for image in range(2):
             for head in range(2):
-                matrices = oracle.rotations_at(rope, at[image].tolist(), extent or (5, 7), layer, head)
+                matrices = oracle.rotations_at(rope, at[image].tolist(), extent or GRIDS[dims], layer, head)
                 expected = oracle.rotate(x[image, head, 1:].double().numpy(), matrices)
                 assert np.abs(got[image, head, 1:].double().numpy() - expected).max() < 3e-6
 
 
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('reference', [(14, 14), (64, 64)])
+@pytest.mark.parametrize('name,dims', EVERY)
+@pytest.mark.parametrize('reference', [(14, 14, 14), (64, 64, 64)])
 @torch.no_grad()
-def test_float32_is_exact_far_away(name, reference):
+def test_float32_is_exact_far_away(name, dims, reference):
+    reference = reference[:dims]
     rope = make(name, reference_grid=reference)
-    at = torch.cat((points(40, low=-64., high=64.), torch.tensor([[64., 64.], [-64., 64.], [63.5, 0.]])))
+    corners = torch.tensor([[64., 64., 64.], [-64., 64., -64.], [63.5, 0., 64.]])[:, :dims]
+    at = torch.cat((points(40, dims=dims, low=-64., high=64.), corners))
     got = rope.rotate(torch.ones(1, 2, 43, 32), rope.at(at)[1])[0, 1]
     expected = oracle.rotations_at(rope, at.tolist(), reference, 1, 1).sum(-1)
     assert np.abs(got.double().numpy() - expected).max() < 3e-6
 
 
-@pytest.mark.parametrize('name,options', VARIANTS, ids=IDS)
+@pytest.mark.parametrize('name,options,dims', VARIANTS, ids=IDS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @torch.no_grad()
-def test_a_grid_is_the_special_case(name, options, dtype):
-    rope = make(name, dtype=dtype, **options)
-    exact = has_equal_bits(rope)
-    for grid, extent in (((5, 7), None), ((5, 7), (5, 7)), ((3, 9), (3, 9)), ((1, 1), (1, 1))):
+def test_a_grid_is_the_special_case(name, options, dims, dtype):
+    rope = make(name, dims=dims, dtype=dtype, **options)
+    exact, reference = has_equal_bits(rope), GRIDS[dims]
+    for grid in (None, reference, (2, 3, 9)[-dims:], (1, 1, 1)[-dims:]):
+        grid, extent = grid or reference, grid
         of_grid, of_points = rope(grid, 2), rope.at(patches(*grid), 2, extent)
         assert len(of_points) == 2
         for a, b in zip(of_grid, of_points):
@@ -96,11 +108,11 @@ def test_a_grid_is_the_special_case(name, options, dtype):
             assert torch.equal(a, b) if exact else (a - b).abs().max() < (3e-7 if dtype == torch.float32 else 1e-13)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name,dims', EVERY)
 @torch.no_grad()
-def test_a_batch_is_its_images(name):
-    rope = make(name)
-    at = points(3, 4)
+def test_a_batch_is_its_images(name, dims):
+    rope = make(name, dims=dims)
+    at = points(3, 4, dims=dims)
     together, apart = rope.at(at, 1), [rope.at(image, 1) for image in at]
     for layer in range(2):
         assert together[layer].shape == (3, *apart[0][layer].shape)
@@ -122,55 +134,61 @@ def test_numbers_of_any_kind(dtype):
 
 # -- properties
 
-@pytest.mark.parametrize('name', [name for name in NAMES if ENCODINGS[name].relative == 'xy'])
+def axes_it_is_relative_along(name, options, dims):
+    """Places in a position; along a line one generator turns everything."""
+    if dims == 1 or (ENCODINGS[name].relative == 'xy' and not options.get('clamp')):
+        return list(range(dims))
+    order = options.get('order', ORDERS[dims][0])
+    return [dims - 1 - 'xyz'.index(order[-1])] if ENCODINGS[name].relative == 'last' else []
+
+
+@pytest.mark.parametrize('name,options,dims', VARIANTS, ids=IDS)
 @torch.no_grad()
-def test_scores_depend_on_differences_alone(name):
-    rope, at = make(name), points(12, dtype=torch.float64)
-    here, there = (scores(rope, rope.at(at + torch.tensor(shift))[1]) for shift in ((0., 0.), (3.7, -11.25)))
-    assert (here - there).abs().max() < 1e-5
-    for image in scores(rope, rope.at(at + 9 * torch.rand(4, 1, 2))[1]):  # each image of a batch moved by its own
-        assert (image - here).abs().max() < 1e-5
+def test_scores_depend_on_differences_along_these_axes_alone(name, options, dims):
+    rope, at = make(name, dims=dims, **options), points(12, dims=dims, dtype=torch.float64)
+    here, relative = scores(rope, rope.at(at)[1]), axes_it_is_relative_along(name, options, dims)
+    shift = torch.tensor([3.7, -11.25, 5.5])[:dims]
+    for axis in range(dims):
+        there = scores(rope, rope.at(at + shift * (torch.arange(dims) == axis))[1])
+        assert (here - there).abs().max() < 1e-5 if axis in relative else (here - there).abs().max() > 1e-3
+    if len(relative) == dims:
+        assert (here - scores(rope, rope.at(at + shift)[1])).abs().max() < 1e-5
+        for image in scores(rope, rope.at(at + 9 * torch.rand(4, 1, dims))[1]):  # each image of a batch by its own
+            assert (image - here).abs().max() < 1e-5
     assert (here - scores(rope, rope.at(at * 1.1)[1])).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize('order,last', [('yx', (0., 5.5)), ('xy', (5.5, 0.))])
+@pytest.mark.parametrize('name,rule,dims', RULES)
 @torch.no_grad()
-def test_spherical_is_relative_along_the_axis_that_acts_last(order, last):
-    rope, at = make('spherical', order=order), points(12, dtype=torch.float64)
-    here, there, elsewhere = (
-        scores(rope, rope.at(at + torch.tensor(shift))[0]) for shift in ((0., 0.), last, last[::-1]))
-    assert (here - there).abs().max() < 1e-5 < 1e-2 < (here - elsewhere).abs().max()
-
-
-@pytest.mark.parametrize('name,rule', RULES)
-@torch.no_grad()
-def test_rules_are_those_of_a_grid_of_that_extent(name, rule):
-    rope, plain = make(name, head_dim=16, scaling=rule), make(name, head_dim=16)
-    for extent in ((12, 7), (12, 20), (3, 3)):
+def test_rules_are_those_of_a_grid_of_that_extent(name, rule, dims):
+    rope, plain = make(name, head_dim=16, dims=dims, scaling=rule), make(name, head_dim=16, dims=dims)
+    for extent in ((6, 12, 7)[-dims:], (4, 12, 20)[-dims:], (3, 3, 3)[-dims:]):
         for a, b in zip(rope(extent, 1), rope.at(patches(*extent), 1, extent)):
             assert torch.allclose(a, b, rtol=0, atol=0 if has_equal_bits(rope) else 3e-7)
-    assert torch.equal(rope.at(points(5))[0], plain.at(points(5))[0]), 'no rule up to the reference grid'
-    assert not torch.equal(rope.at(points(5), 0, (12, 20))[0], plain.at(points(5), 0, (12, 20))[0])
+    at, extent = points(5, dims=dims), (9, 12, 20)[-dims:]
+    assert torch.equal(rope.at(at)[0], plain.at(at)[0]), 'no rule up to the reference grid'
+    assert not torch.equal(rope.at(at, 0, extent)[0], plain.at(at, 0, extent)[0])
 
 
-@pytest.mark.parametrize('name,options', VARIANTS, ids=IDS)
+@pytest.mark.parametrize('name,options,dims', VARIANTS, ids=IDS)
 @torch.no_grad()
-def test_random_coordinates_are_those_of_a_grid(name, options):
-    rope = make(name, shift=0.3, jitter=1.2, rescale=2., **options).train()
-    got = []
-    for call in (lambda: rope((6, 8), 1), lambda: rope.at(patches(6, 8), 1, (6, 8))):
+def test_random_coordinates_are_those_of_a_grid(name, options, dims):
+    rope = make(name, dims=dims, shift=0.3, jitter=1.2, rescale=2., **options).train()
+    got, grid = [], (3, 6, 8)[-dims:]
+    for call in (lambda: rope(grid, 1), lambda: rope.at(patches(*grid), 1, grid)):
         torch.manual_seed(5)
         got.append(call()[1])
     assert torch.allclose(*got, rtol=0, atol=0 if has_equal_bits(rope) else 3e-7)
-    assert not torch.equal(got[0], rope.eval()((6, 8), 1)[1])
+    assert not torch.equal(got[0], rope.eval()(grid, 1)[1])
 
 
 # -- gradients
 
-@pytest.mark.parametrize('name,options', VARIANTS, ids=IDS)
-def test_gradients(name, options):
-    rope = make(name, head_dim=32 if name == 'spiral' else 8, dtype=torch.float64, **options)
-    at = points(2, 2, dtype=torch.float64, low=0., high=5.).requires_grad_()
+@pytest.mark.parametrize('name,options,dims', VARIANTS, ids=IDS)
+def test_gradients(name, options, dims):
+    head_dim = 32 if name == 'spiral' else 12 if options.get('variant') == 'ap' and dims == 3 else 8
+    rope = make(name, head_dim, dims, dtype=torch.float64, **options)
+    at = points(2, 2, dims=dims, dtype=torch.float64, low=0., high=5.).requires_grad_()
 
     def payloads(freqs, at):
         values = {'freqs': freqs} if rope.learned else {}
@@ -182,7 +200,7 @@ def test_gradients(name, options):
     if rope.learned:  # LieRE has its own derivative where coordinates need none
         assert torch.autograd.gradcheck(lambda freqs: payloads(freqs, at.detach()), freqs, fast_mode=True)
     assert torch.autograd.gradcheck(lambda at: payloads(freqs.detach(), at), at, fast_mode=True)
-    if name == 'liere':
+    if name == 'liere' and dims < 3:
         assert torch.autograd.gradgradcheck(payloads, (freqs, at), fast_mode=True)
 
 
@@ -210,13 +228,13 @@ class Points(torch.nn.Module):
         return self.rope.at(coordinates, self.prefix, self.extent)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name,dims', EVERY)
 @pytest.mark.parametrize('batch', [None, 2])
-def test_attention_takes_them(name, batch):
+def test_attention_takes_them(name, dims, batch):
     # the kernels in place, of models, and the formula
-    rope = make(name)
+    rope = make(name, dims=dims)
     shape = (6,) if batch is None else (batch, 6)
-    at = points(*shape).requires_grad_()
+    at = points(*shape, dims=dims).requires_grad_()
     qkv = torch.randn(2, 7, 3 * 64)
     inner, results = torch.randn(2, 2, 2, 7, 32), []
     for in_place in (True, False):
@@ -232,26 +250,29 @@ def test_attention_takes_them(name, batch):
         assert torch.allclose(a, b, atol=1e-5 * max(1., b.abs().max().item()))
 
 
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('extent', [None, (9, 10)])
-def test_export_for_any_number_of_points(name, extent):
-    rope = make(name, scaling='interpolate')
+@pytest.mark.parametrize('name,dims', EVERY)
+@pytest.mark.parametrize('extent', [None, (5, 9, 10)])
+def test_export_for_any_number_of_points(name, dims, extent):
+    rope, extent = make(name, dims=dims, scaling='interpolate'), extent and extent[-dims:]
     count = {1: torch.export.Dim('count', min=2, max=64)}
-    exported = torch.export.export(Points(rope, 1, extent), (points(2, 5),), dynamic_shapes=(count,)).module()
+    exported = torch.export.export(
+        Points(rope, 1, extent), (points(2, 5, dims=dims),), dynamic_shapes=(count,)).module()
     with torch.no_grad():
-        for at in (points(2, 5), points(2, 9)):
+        for at in (points(2, 5, dims=dims), points(2, 9, dims=dims)):
             for a, b in zip(exported(at), rope.at(at, 1, extent)):
                 assert torch.allclose(a, b, atol=3e-5)  # what is recorded for another runtime stays in float32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['axial', 'mixed', 'spherical_learned', 'liere', 'comrope', 'quatro'])
+@pytest.mark.parametrize('name,dims', [
+    *((name, 2) for name in ('axial', 'mixed', 'spherical_learned', 'liere', 'comrope', 'quatro')),
+    *((name, dims) for name in ('mixed', 'spherical_learned', 'liere') for dims in (1, 3))])
 @pytest.mark.parametrize('of_coordinates', [False, True])
-def test_compiled(name, of_coordinates):
+def test_compiled(name, dims, of_coordinates):
     torch._dynamo.reset()
-    rope = make(name)
+    rope = make(name, dims=dims)
     compiled = torch.compile(Points(rope), backend='aot_eager', fullgraph=True, dynamic=True)
-    for at in (points(2, 5), points(2, 8)):
+    for at in (points(2, 5, dims=dims), points(2, 8, dims=dims)):
         at.requires_grad_(of_coordinates)
         wanted = [t for t in (at, rope.freqs) if t.requires_grad]
         ours, plain = compiled(at), rope.at(at, 1)

@@ -187,7 +187,7 @@ def test_prefix_tokens_do_not_turn(clamp):
     (dict(temperature=-1), 'temperature must be a positive finite number, got -1'),
     (dict(clamp=1), 'clamp must be True or False, got 1'),
     (dict(clamp='yes'), "clamp must be True or False, got 'yes'"),
-    (dict(coords='cells'), "coords of 'spiral' must be one of 'index', got 'cells'"),
+    (dict(coords='cells'), "coords of 'spiral' must be one of 'index', 'eva', got 'cells'"),
     (dict(order='xy'), "'spiral' takes no option 'order'; its options are directions, temperature, scale, clamp"),
 ])
 def test_bad_input(options, words):

@@ -1,6 +1,7 @@
 """Exact changes of encoding: the same function, everything else untouched, and a reason where there is none."""
 import copy
 import itertools
+import math
 import re
 
 import numpy as np
@@ -89,6 +90,14 @@ FORMS = [(source, {}, target, {}) for source, target in PAIRS] + [
     ('comrope', dict(variant='ap'), 'comrope', dict(variant='ld')), ('comrope', dict(block=4), 'liere', dict(block=4)),
     ('comrope', dict(variant='ap', coords='index', share_heads=True), 'liere', {}),
     ('geope', dict(coords='index'), 'liere', dict(block=3)),
+    ('spherical', dict(coords='index', reference_grid=(4,)), 'liere', dict(block=3)),
+    ('spherical_learned', dict(coords='index', reference_grid=(4,)), 'liere', dict(block=3)),
+    ('quatro', dict(coords='index', reference_grid=(4,)), 'liere', dict(block=3)),
+    ('spherical', dict(reference_grid=(2, 3, 4), order='yzx'), 'quatro', {}),
+    ('spherical', dict(reference_grid=(4,)), 'quatro', {}),
+    *((source, dict(reference_grid=grid), target, {}) for source, target in (
+        ('axial', 'mixed'), ('golden', 'mixed'), ('nd', 'mixed'), ('axial', 'axial_learned'), ('mixed', 'liere'),
+        ('comrope', 'liere'), ('axial_learned', 'string'), ('uniform', 'axial_learned')) for grid in ((4,), (2, 3, 4))),
     ('spherical', dict(order='xy'), 'quatro', dict(share_layers=True)), ('spherical', dict(head_dim=14), 'quatro', {}),
 ]
 
@@ -101,9 +110,10 @@ def test_turns_as_the_formula_of_the_source(source, given, target, options):
         with torch.no_grad():
             rope.freqs[..., 3] = 0
     converted = convert_encoding(rope, target, **options)
-    assert converted.name == target and converted.reference_grid.tolist() == [3, 4]
-    for grid in ((2, 5), (7, 3)):
-        x = torch.randn(1, 2, grid[0] * grid[1] + 2, rope.head_dim)
+    reference = given.get('reference_grid', (3, 4))
+    assert converted.name == target and converted.reference_grid.tolist() == list(reference)
+    for grid in ((2, 2, 5)[-len(reference):], (1, 7, 3)[-len(reference):]):
+        x = torch.randn(1, 2, math.prod(grid) + 2, rope.head_dim)
         for layer, payload in enumerate(converted(grid, 2)):
             got = converted.rotate(x, payload).detach()
             assert torch.equal(got[:, :, :2], x[:, :, :2]), 'prefix tokens do not turn'
@@ -220,7 +230,10 @@ def test_everything_else_is_refused(source, target):
     ('comrope', {}, 'comrope', dict(variant='ap'), 'of one axis with variant "ap"'),
     ('geope', {}, 'liere', dict(block=3), "'cells' have their origin in the middle of the image here"),
     ('quatro', {}, 'liere', {}, 'origin in the middle of the image here'),
-    ('quatro', dict(coords='index'), 'liere', {}, r'quatro\(.*\) does not turn each channel pair by one wave vector'),
+    ('quatro', dict(coords='index'), 'liere', {}, 'its triplets are blocks of 3, not of 8'),
+    ('spherical', dict(coords='index'), 'liere', dict(block=3), 'where a single one turns; .* 3 x 4 .* by up to '),
+    ('spherical', dict(coords='index', reference_grid=(2, 3, 4)), 'liere', dict(block=3), r'2 x 3 x 4 .* up to [01]\.'),
+    ('spherical', dict(reference_grid=(9,)), 'liere', dict(block=3), 'prefix tokens, which do not turn, see'),
     ('mixed', {}, 'quatro', {}, "'quatro' does not turn channel pairs"),
     ('spherical', {}, 'quatro', dict(order='xy'), "the order 'yx' here and 'xy' there"),
     ('mixed', {}, 'mixed', dict(share_heads=True), 'share_heads=True needs equal frequencies, these differ by up to'),
@@ -271,7 +284,7 @@ def test_bad_options(name, options, kind, words):
 
 def test_options_are_carried_over_where_both_encodings_know_them():
     assert convert_encoding(rope_of('axial', coords='ends', temperature=7.), 'mixed').options == dict(
-        coords='ends', temperature=7., share_heads=False, share_layers=False)
+        coords='ends', temperature=7., scale=1., offset=0., share_heads=False, share_layers=False)
     assert convert_encoding(rope_of('mixed', share_heads=True, share_layers=True), 'liere', block=4).options == dict(
         block=4, coords='index', share_heads=True, share_layers=True)
     assert convert_encoding(rope_of('spherical', order='xy'), 'spherical_learned').options['order'] == 'xy'

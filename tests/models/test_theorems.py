@@ -6,9 +6,11 @@ import tiny_swin
 import torch
 from tiny import make
 
+import timm_rope
 from timm_rope import convert_encoding
 from timm_rope.encodings._planes import planes
-from timm_rope.rotations import BlockRotation
+from timm_rope.models.attention import RopeBlock
+from timm_rope.rotations import BlockRotation, PairRotation
 
 WIDE = dict(embed_dim=48)  # heads of 24 channels
 
@@ -97,6 +99,84 @@ def test_one_axis_is_rope_with_learned_frequencies():
     mixed = convert_encoding(model, 'mixed')
     assert error(model, mixed, 32, 48) < 1e-5
     assert float(mixed.rope.freqs[1].abs().max()) < 1e-6 < float(mixed.rope.freqs[0].abs().max())
+
+
+class Sequences(torch.nn.Module):
+    """A model of sequences: blocks of this package, an encoding of one dimension or of three, a head."""
+
+    def __init__(self, name, grid=(9,), prefix=0, qkv_bias=True, **options):
+        super().__init__()
+        self.rope = timm_rope.create_rope(name, 24, 2, 2, grid, **options)
+        self.num_prefix_tokens, self.grid = prefix, grid
+        self.blocks = torch.nn.ModuleList(
+            RopeBlock(48, 2, qkv_bias=qkv_bias, rotation=self.rope.rotation) for _ in range(2))
+        for parameter in self.blocks.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x, payloads=None):
+        for block, payload in zip(self.blocks, payloads or self.rope(self.grid, self.num_prefix_tokens)):
+            x = block(x, payload=payload)
+        return x
+
+
+def difference(a, b, tokens=9, at=None):
+    """On the grid, and at points."""
+    x = torch.randn(2, tokens + a.num_prefix_tokens, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out = [m(x, None if at is None else m.rope.at(at, m.num_prefix_tokens)) for m in (a, b)]
+    return float((out[0] - out[1]).abs().max() / out[0].abs().max())
+
+
+@pytest.mark.parametrize('options', [{}, dict(block=3), dict(block=24), dict(block=7, share_heads=True)], ids=str)
+@pytest.mark.parametrize('prefix', [0, 2])
+def test_sequences(options, prefix):
+    """Theorem 1 in one dimension: whatever LieRE learns there is RoPE with learned frequencies."""
+    torch.manual_seed(0)
+    model = Sequences('liere', prefix=prefix, coords='index', **options)
+    mixed = convert_encoding(model, 'mixed')
+    assert type(mixed.rope.rotation) is type(mixed.blocks[0].attn.rotation) is PairRotation
+    assert mixed.rope.freqs.shape[0] == 1 and not torch.equal(
+        mixed.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    places = 9 * torch.rand(9, 1, generator=torch.Generator().manual_seed(2))
+    assert difference(model, mixed) < 1e-5 and difference(model, mixed, at=places) < 1e-5
+
+
+def test_sequences_of_spherical_are_rope_too():
+    """One turn is one exponential, and without prefix tokens its origin is free."""
+    for name in ('spherical', 'spherical_learned', 'quatro'):
+        torch.manual_seed(0)
+        model = Sequences(name)
+        liere = convert_encoding(model, 'liere', block=3)
+        assert liere.rope.coords == model.rope.coords and liere.rope.centered != model.rope.centered
+        assert difference(model, liere) < 1e-5
+        mixed = convert_encoding(liere, 'mixed', coords='index')
+        assert mixed.rope.coords == 'index' and difference(model, mixed) < 1e-5
+        with pytest.raises(ValueError, match='prefix tokens, which do not turn, see the origin'):
+            convert_encoding(Sequences(name, prefix=1), 'liere', block=3)
+        with pytest.raises(ValueError, match=r'differ by up to (0\.[1-9]|[12])'):
+            convert_encoding(Sequences(name, (2, 2, 3)), 'liere', block=3)
+
+
+def test_a_triplet_of_which_one_axis_turns_is_a_block():
+    model = make('vit_tiny_rope_spherical_learned', **WIDE, class_token=False, global_pool='avg')
+    with torch.no_grad():
+        model.rope.freqs[0, ..., ::2] = 0  # every triplet turns about another one
+        model.rope.freqs[1, ..., 1::2] = 0
+    liere = convert_encoding(model, 'liere', block=3)
+    assert error(model, liere, 32, 48) < 1e-5 and error(model, liere, 64, 24) < 1e-5
+
+
+def test_videos():
+    """Of three generators any two have to commute."""
+    torch.manual_seed(0)
+    model = Sequences('liere', (2, 2, 3), coords='index')
+    fill(model.rope, lambda size, i: torch.cat((commuting(size, i), commuting(size, i)[:1] / 3)))
+    assert difference(model, convert_encoding(model, 'mixed'), 12) < 1e-5
+    with torch.no_grad():
+        model.rope.freqs[2, 1, 3] += torch.randn(28) / 100
+    words = r'layer 1, head 1, block 0 do not commute: \|A_[xy] A_z - A_z A_[xy]\| is 0\.0'
+    with pytest.raises(ValueError, match=words):
+        convert_encoding(model, 'mixed')
 
 
 def test_a_state_dict():

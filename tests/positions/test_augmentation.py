@@ -145,7 +145,7 @@ def test_usage_says_what_was_chosen_and_no_checkpoint_does():
     assert encoding.usage == dict(ALL, scaling='yarn', log_n=True)
     assert 'rescale=2.0' in repr(encoding) and 'rescale' not in repr(rope())
     rope().load_state_dict(encoding.state_dict())
-    assert rope().usage == dict(scaling='extrapolate', log_n=False, shift=None, jitter=None, rescale=None)
+    assert rope().usage == dict(scaling=None, log_n=False, shift=None, jitter=None, rescale=None)
     assert rope(**rope().usage).usage == rope().usage
 
 

@@ -81,7 +81,7 @@ def test_frequencies_follow_the_formula(name, rule, coords):
         got = turned(encoding, grid, layer).reshape(*grid, dim)
         for i, j in ((0, 0), (8, 11), (3, 7)):
             if triplets:
-                matrix = oracle.triplets(dim, [xs[j] * w for w in wx], [ys[i] * w for w in wy], 'yx')
+                matrix = oracle.triplets(dim, [[xs[j] * w for w in wx], [ys[i] * w for w in wy]], 'yx')
             else:
                 matrix = oracle.pairs(dim, [xs[j] * u + ys[i] * v for u, v in zip(wx, wy)])
             assert np.abs(got[i, j].numpy() - matrix @ vector).max() < 1e-10
@@ -120,7 +120,7 @@ def test_interpolation_is_training_on_the_larger_grid(name, coords):
 @pytest.mark.parametrize('size', [14, 15, 28, 64, 301])
 def test_interpolated_patches_lie_in_the_reference_image(coords, centered, size):
     reference = torch.tensor([14, 14])
-    y, _ = grid_axes(size, 14, reference, torch.zeros(()), coords, 1., centered)
+    y, _ = grid_axes([size, 14], reference, torch.zeros(()), coords, 1., centered)
     got = interpolate(y, torch.tensor(size / 14, dtype=torch.float64), coords)
     low, high = {'index': (-.5, 13.5)}.get(coords, (-.5, .5) if centered else (0., 1.))
     assert low - 1e-12 <= got[0] and got[-1] <= high + 1e-12 and bool((got.diff() > 0).all())
@@ -233,7 +233,7 @@ def test_single_precision(name, rule):
     ('quatro', {}, 'ntk', 'depends on the direction'),
     ('uniform', {}, 'ntk', 'one frequency'), ('uniform', {}, 'yarn', 'one frequency'),
     ('spiral', {'clamp': True}, 'interpolate', 'clamp'), ('spiral', {'clamp': True}, 'ntk', 'clamp'),
-    ('axial', {}, 'pi', "'extrapolate', 'interpolate', 'ntk', 'yarn'"), ('mixed', {}, None, "'ntk'"),
+    ('axial', {}, 'pi', "'extrapolate', 'interpolate', 'ntk', 'yarn'"), ('mixed', {}, 3, "'ntk'"),
     ('spiral', {'clamp': True}, 'NTK', "'ntk'")])
 def test_rules_without_meaning_are_refused(name, options, rule, reason):
     with pytest.raises(ValueError, match=f'scaling must be .*got {rule!r}[.:]') as error:

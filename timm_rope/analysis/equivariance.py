@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .turns import Turn, rotation_matrices
 
-Grid = Tuple[int, int]
+Grid = Tuple[int, ...]
 
 
 def pattern_map(turn: Turn, grid: Grid = (31, 31)) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..encodings import RotaryEncoding
 from ..positions.coordinates import grid_axes, to_grid
 
-Grid = Tuple[int, int]
+Grid = Tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def generators(turn: Turn) -> Tensor:
         return torch.stack((torch.stack((zero, -steps), -1), torch.stack((steps, zero), -1)), -2)
     rope = _layer_of(turn)
     rows, columns = [max(2, round(side)) for side in rope.reference_grid.tolist()]
-    y, x = grid_axes(rows, columns, rope.reference_grid, rope.freqs, rope.coords, rope.span, rope.centered)
+    y, x = grid_axes([rows, columns], rope.reference_grid, rope.freqs, rope.coords, rope.span, rope.centered)
     freqs = rope.frequencies()
     # the slope at the origin, from four points: exact to 1e-9 for waves of up to 40 rad a patch
     h, origin = 1e-4, x.new_zeros(1)

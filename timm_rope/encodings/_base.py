@@ -6,13 +6,14 @@ everybody else asks of it, the payloads of a grid or of points (`_positions.py`)
 
 Shapes: see `rotations/__init__.py`.
 """
+import math
 from typing import Any, ClassVar, Dict, List, Optional, Set, Tuple, Type
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_flag, check_integer, check_positive
-from ..positions.coordinates import COORDS, to_grid
+from .._checks import check_choice, check_flag, check_integer, check_positive, check_real
+from ..positions.coordinates import COORDS, LARGEST_DIMS, Grid, describe_grid, to_grid
 from ..positions.scaling import log_n_scale
 from ..rotations import Rotation
 from ._cache import PayloadCache
@@ -24,6 +25,8 @@ from ._usage import USAGE
 torch.fx.wrap('log_n_scale')  # FX keeps it as a single node; it looks for the name in the module that calls it
 
 ENCODINGS: Dict[str, Type['RotaryEncoding']] = {}
+# in which the axes may act, the first of each is the default
+ORDERS = {1: ('x',), 2: ('yx', 'xy'), 3: ('zyx', 'zxy', 'yzx', 'yxz', 'xzy', 'xyz')}
 SHARING = dict(share_heads=False, share_layers=False)  # options of every learned encoding
 
 
@@ -56,9 +59,12 @@ class RotaryEncoding(ServesManyGrids):
         num_heads: Attention heads.
         depth: Blocks of the model, one payload each.
         reference_grid: (rows, columns) the weights are trained on; see `coordinates.py`. Loaded weights bring theirs.
+            (tokens,) makes an encoding of sequences, (frames, rows, columns) one of videos or volumes: positions and
+            all grids then have one number, or three, in this order.
         device: Device of all tensors.
         dtype: float32 or float64; lower precisions are raised to float32.
         scaling: Rule for grids larger than the reference grid, see `scaling.py`; as `log_n` not saved with weights.
+            None is the one of the coordinates: 'interpolate' for those of DINOv3 and EVA, else 'extrapolate'.
         log_n: Whether attention multiplies its scores by `score_scale`, where there are more tokens than in training.
         shift: In training coordinates move by up to this part of half the reference image, see `augmentation.py`.
         jitter: In training each axis is stretched by a factor between 1 / jitter and jitter.
@@ -72,8 +78,10 @@ class RotaryEncoding(ServesManyGrids):
     Attributes:
         options: All options with their values.
         usage: `scaling` to `rescale` above.
-        freqs: Frequencies or generators, x first: a parameter if learned, else a non-persistent buffer.
-        reference_grid: float32 tensor (2,), saved with the weights and rounded when it is read: as floating point
+        dims: D, how many numbers a position has.
+        freqs: Frequencies or generators, x first, which is the last of a position: a parameter if learned, else a
+            non-persistent buffer.
+        reference_grid: float32 tensor (D,), saved with the weights and rounded when it is read: as floating point
             numbers the weights can be averaged and cast as a whole.
         signature: Name and options of the encoding as text (see `_signature.py`), saved with the weights. Fixed
             encodings have no other tensor that could tell a spherical checkpoint from an axial one.
@@ -89,6 +97,8 @@ class RotaryEncoding(ServesManyGrids):
     span: ClassVar[float] = 2 * torch.pi  # of the reference image in normalised coordinates
     centered: ClassVar[bool] = True
     axes_apart: ClassVar[bool] = False  # frequencies of x and y are two rotations, not one wave vector
+    dimensions: ClassVar[Tuple[int, ...]] = tuple(range(1, LARGEST_DIMS + 1))  # of positions that it has a meaning for
+    no_dimensions: ClassVar[str] = ''  # why it has none for others
     __constants__ = ['axes_apart', 'centered', 'learned', 'span']  # TorchScript finds class attributes only here
     __jit_unused_properties__ = ['undecided', 'usage']
 
@@ -105,7 +115,7 @@ class RotaryEncoding(ServesManyGrids):
             head_dim: int,
             num_heads: int,
             depth: int,
-            reference_grid: Tuple[int, int] = (14, 14),
+            reference_grid: Grid = (14, 14),
             *,
             device=None,
             dtype=None,
@@ -115,11 +125,18 @@ class RotaryEncoding(ServesManyGrids):
         self.head_dim = check_integer(head_dim, 'head_dim')
         self.num_heads = check_integer(num_heads, 'num_heads')
         self.depth = check_integer(depth, 'depth')
+        self._initial_grid = to_grid(reference_grid, 'reference_grid', None)
+        self.dims = len(self._initial_grid)
+        if self.dims not in self.dimensions:
+            grids = ' or '.join(describe_grid(dims) for dims in self.dimensions)
+            raise ValueError(
+                f'reference_grid of {self.name!r} must be {grids}, got {reference_grid!r}: {self.no_dimensions}.')
         usage = {key: options.pop(key, default) for key, default in USAGE.items()}
         self.options = self._checked(options)
         self.coords: str = self.options['coords']
+        self.offset = float(self.options.get('offset', 0.))
+        self.register_side = math.isqrt(self.options.get('registers', 0))
         self.rotation = self.make_rotation()
-        self._initial_grid = to_grid(reference_grid, 'reference_grid')
         self._signature = self.signature_of(self.options, self.head_dim)
         self._cache = PayloadCache()
         self.set_usage(**usage)
@@ -134,8 +151,8 @@ class RotaryEncoding(ServesManyGrids):
             self.freqs = nn.Parameter(freqs)
         else:
             self.register_buffer('freqs', freqs, persistent=False)
-        self.register_buffer('reference_grid', torch.empty(2, device=device, dtype=torch.float32))
-        signature = write_signature(self._signature)
+        self.register_buffer('reference_grid', torch.empty(self.dims, device=device, dtype=torch.float32))
+        signature = write_signature(self._signature, self._initial_grid)
         self.register_buffer('signature', torch.empty(signature.shape, device=device, dtype=torch.float32))
         self.reset_parameters()
 
@@ -148,7 +165,7 @@ class RotaryEncoding(ServesManyGrids):
     def signature_of(cls, options: Dict[str, Any], head_dim: Optional[int] = None) -> str:
         """Text that is saved with weights of these options; those not given have their defaults."""
         # what only matters for initialisation, or shows in the shapes, is not compared with a checkpoint
-        ignored = {*SHARING, 'temperature'} if cls.learned else set()
+        ignored = {*SHARING, 'temperature', 'scale'} if cls.learned else set()
         named = {k: v for k, v in {**cls.option_defaults(), **options}.items() if k not in ignored}
         if head_dim is not None:
             named['head_dim'] = head_dim  # nothing else in a checkpoint need tell the number of heads
@@ -163,8 +180,11 @@ class RotaryEncoding(ServesManyGrids):
                 raise ValueError(message) if known else TypeError(message)
         options = {**taken, **options}
         check_choice(options['coords'], self.coords_choices, f'coords of {self.name!r}')
-        if 'temperature' in options:
-            check_positive(options['temperature'], 'temperature')
+        for key in {'temperature', 'scale', 'register_temperature'} & set(options):
+            check_positive(options[key], key)
+        check_real(options.get('offset', 0.), 'offset')
+        if 'order' in options:
+            check_choice(options['order'], ORDERS[self.dims], 'order')
         for key in SHARING:
             check_flag(options.get(key, False), key)
         return options
@@ -172,12 +192,12 @@ class RotaryEncoding(ServesManyGrids):
     # -- what a subclass defines
 
     def make_rotation(self) -> Rotation:
-        """How the channel groups turn, for `self.head_dim` and `self.options`."""
+        """How the channel groups turn, for `self.head_dim`, `self.dims` and `self.options`."""
         raise NotImplementedError
 
     def freqs_shape(self, layers: int, heads: int) -> Tuple[int, ...]:
         """Shape of `freqs`, layers on axis 1; `layers` and `heads` are 1 where frequencies are shared or fixed."""
-        return 2, layers, heads, self.rotation.groups
+        return self.dims, layers, heads, self.rotation.groups
 
     def initial_freqs(self) -> Any:
         """Initial value of `freqs`: numbers in nested lists or a tensor, of its shape or one that broadcasts to it.
@@ -200,7 +220,7 @@ class RotaryEncoding(ServesManyGrids):
 
     # -- payloads
 
-    def forward(self, grid_size: Tuple[int, int], num_prefix_tokens: int = 0) -> List[Tensor]:
+    def forward(self, grid_size: Grid, num_prefix_tokens: int = 0) -> List[Tensor]:
         """Payloads of a grid.
 
         A grid whose payloads need no gradient is computed once and cached; the cache is dropped when the frequencies
@@ -210,21 +230,23 @@ class RotaryEncoding(ServesManyGrids):
         with an augmentation every call draws anew, once for all blocks.
 
         Args:
-            grid_size: (rows, columns) of patches.
+            grid_size: (rows, columns) of patches, or as many sizes as the reference grid has.
             num_prefix_tokens: Tokens in front of the patches (class, registers); their payload is the identity.
 
         Returns:
             One payload per block, (H or 1, prefix + N, W). Blocks that share their frequencies share the tensor.
 
         Raises:
-            ValueError: `grid_size` is not two positive integers; a TypeError if it is a tensor.
+            ValueError: `grid_size` is no such positive integers; a TypeError if it is a tensor.
         """
         if not torch.jit.is_scripting():
             if self._undecided and not self._is_recorded(grid_size):
                 self.settle_reference_grid(grid_size)
             if self._is_eager(grid_size):
-                return self._cached_payloads(to_grid(grid_size, 'grid_size'), num_prefix_tokens)
-        return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
+                return self._cached_payloads(to_grid(grid_size, 'grid_size', self.dims), num_prefix_tokens)
+            if self.dims != 2:
+                return self._payloads(list(grid_size), num_prefix_tokens)
+        return self._payloads([grid_size[0], grid_size[1]], num_prefix_tokens)
 
     def score_scale(self, tokens: int, num_prefix_tokens: int = 0) -> Tensor:
         """What the scores of `tokens` queries and keys are multiplied by if `log_n` is set, see `scaling.log_n_scale`.

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from .._tracing import is_exporting, plain
-from ..positions.coordinates import to_grid
+from ..positions.coordinates import Grid, to_grid
 
 BYTES = 2 ** 28  # of payloads that are kept beside those of the last grid: images of a few sizes may take turns
 
@@ -90,10 +90,11 @@ def _is_plain(tensors: Tuple[Tensor, ...]) -> bool:
     return plain(*tensors) and not any(t.is_inference() for t in tensors)
 
 
-def _is_traced(grid_size: Any) -> bool:
+def _is_traced(grid_size: Any, dims: int) -> bool:
     """Whether FX traces these sizes; refuses what holds none."""
-    if not isinstance(grid_size, (tuple, list, torch.fx.Proxy)):
-        to_grid(grid_size, 'grid_size')
+    if not isinstance(grid_size, torch.fx.Proxy) and (
+            not isinstance(grid_size, (tuple, list)) or len(grid_size) != dims):
+        to_grid(grid_size, 'grid_size', dims)
     return isinstance(grid_size[0], torch.fx.Proxy)
 
 
@@ -102,34 +103,35 @@ class KeepsPayloads(nn.Module):
     freqs: Tensor
     reference_grid: Tensor
     depth: int
+    dims: int
     scaling: str
     _augmented: bool
     _cache: PayloadCache
 
-    def _payloads(self, height: int, width: int, num_prefix_tokens: int) -> List[Tensor]:
+    def _payloads(self, grid: List[int], num_prefix_tokens: int) -> List[Tensor]:
         raise NotImplementedError
 
     @torch.jit.unused
-    def _is_recorded(self, grid_size: Tuple[int, int]) -> bool:
+    def _is_recorded(self, grid_size: Grid) -> bool:
         """Whether the graph that is being recorded is meant for another runtime, or is no more than traced."""
-        return is_exporting() or torch.jit.is_tracing() or _is_traced(grid_size)
+        return is_exporting() or torch.jit.is_tracing() or _is_traced(grid_size, self.dims)
 
     @torch.jit.unused
-    def _is_eager(self, grid_size: Tuple[int, int]) -> bool:
+    def _is_eager(self, grid_size: Grid) -> bool:
         """False where a graph is being recorded (compile, export, FX, jit.trace) and sizes may be symbols."""
-        return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_traced(grid_size))
+        return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_traced(grid_size, self.dims))
 
     @torch.jit.unused
-    def _cached_payloads(self, grid_size: Tuple[int, int], num_prefix_tokens: int) -> List[Tensor]:
+    def _cached_payloads(self, grid_size: Grid, num_prefix_tokens: int) -> List[Tensor]:
         self.last_grid = grid_size  # for blocks that are run alone
         if (torch.is_grad_enabled() and self.freqs.requires_grad) or (self._augmented and self.training):
-            return self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
+            return self._payloads(list(grid_size), num_prefix_tokens)
         key = (grid_size, num_prefix_tokens, self.depth, self.scaling)
         payloads = self._cache.get(key, self.freqs, self.reference_grid)
         if payloads is None:
             # outside inference mode, since what is made inside it could not be used in training later
             with torch.inference_mode(False), torch.no_grad():
-                payloads = self._payloads(grid_size[0], grid_size[1], num_prefix_tokens)
+                payloads = self._payloads(list(grid_size), num_prefix_tokens)
             self._cache.put(key, payloads, self.freqs, self.reference_grid)
         return list(payloads)
 

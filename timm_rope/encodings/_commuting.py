@@ -6,7 +6,8 @@
                 `freqs` (2, L, K, M): a, M = (b - 1) // 2
 
 Generators are strict upper triangles row by row, (2, L, K, b (b - 1) / 2) with x first, as `BlockRotation` takes them;
-K = H G blocks of b channels. Functions are to be called by way of this module, in which FX looks for them.
+K = H G blocks of b channels. Of D dimensions there are D instead of 2, and as many waves. Functions are to be called by
+way of this module, in which FX looks for them.
 """
 import math
 from typing import Tuple
@@ -20,17 +21,17 @@ from ..rotations.exponential import skew
 
 
 @torch.fx.wrap
-def generators(freqs: Tensor, size: int, basis: str) -> Tensor:
+def generators(freqs: Tensor, dims: int, size: int, basis: str) -> Tensor:
     """What turns the blocks; in the widest dtype there is where it is not learned now."""
     if torch.jit.is_scripting():
-        return _generators(freqs, size, basis)
+        return _generators(freqs, dims, size, basis)
     with without_autocast(freqs):
-        return _generators(freqs, size, basis)
+        return _generators(freqs, dims, size, basis)
 
 
-def _generators(freqs: Tensor, size: int, basis: str) -> Tensor:
+def _generators(freqs: Tensor, dims: int, size: int, basis: str) -> Tensor:
     if basis == 'cayley':
-        waves, columns = _cayley(freqs, size)
+        waves, columns = _cayley(freqs, dims, size)
         half = (columns[..., 1::2] * waves.unsqueeze(-2)) @ columns[..., 0:size // 2 * 2:2].transpose(-1, -2)
         matrix = half - half.transpose(-1, -2)
         rows = [matrix[..., 0, 1:]]
@@ -46,10 +47,11 @@ def _generators(freqs: Tensor, size: int, basis: str) -> Tensor:
     return out.to(freqs.dtype) if torch.is_grad_enabled() and freqs.requires_grad else out
 
 
-def _cayley(freqs: Tensor, size: int) -> Tuple[Tensor, Tensor]:
+def _cayley(freqs: Tensor, dims: int, size: int) -> Tuple[Tensor, Tensor]:
     pairs, wide = size // 2, widest(freqs[0])
-    s, eye = skew(wide[..., 2 * pairs:], size), torch.eye(size, dtype=wide.dtype, device=wide.device)
-    return torch.stack((wide[..., :pairs], wide[..., pairs:2 * pairs])), _solve(eye + s, eye - s)  # factors commute
+    s, eye = skew(wide[..., dims * pairs:], size), torch.eye(size, dtype=wide.dtype, device=wide.device)
+    waves = [wide[..., i * pairs:(i + 1) * pairs] for i in range(dims)]
+    return torch.stack(waves), _solve(eye + s, eye - s)  # factors commute
 
 
 def _solve(left: Tensor, right: Tensor) -> Tensor:
@@ -70,12 +72,12 @@ def _eliminate(left: Tensor, right: Tensor) -> Tensor:
 
 
 def freqs_of_waves(waves: Tensor, size: int, basis: str) -> Tensor:
-    """`freqs` whose planes turn by waves (2, L, K, number of planes), with S drawn close to 0."""
+    """`freqs` whose planes turn by waves (D, L, K, number of planes), with S drawn close to 0."""
     if basis == 'circulant':  # its eigenvalues are a sine transform, of which this is the inverse
         k = torch.arange(1, waves.shape[-1] + 1, dtype=waves.dtype, device=waves.device)
         return 2 / size * waves @ torch.sin(2 * math.pi / size * k * k.unsqueeze(-1))
     shape = (*waves.shape[1:3], size * (size - 1) // 2)
-    return torch.cat((waves[0], waves[1], 0.01 * torch.randn(
+    return torch.cat((*waves, 0.01 * torch.randn(
         shape, dtype=waves.dtype, device=waves.device)), dim=-1).unsqueeze(0)
 
 
@@ -87,7 +89,8 @@ def freqs_of(triangles: Tensor, size: int, basis: str) -> Tensor:
     """
     if basis == 'circulant':
         freqs = -triangles[..., :(size - 1) // 2]
-        if not torch.allclose(_generators(freqs, size, basis).to(triangles.dtype), triangles, rtol=0, atol=1e-12):
+        made = _generators(freqs, len(freqs), size, basis).to(triangles.dtype)
+        if not torch.allclose(made, triangles, rtol=0, atol=1e-12):
             raise ValueError('these generators are not circulant')
         return freqs
     channel = 2 * torch.arange(size // 2, device=triangles.device)
@@ -97,4 +100,4 @@ def freqs_of(triangles: Tensor, size: int, basis: str) -> Tensor:
     if bool(rest.any()):
         raise ValueError('these generators couple more than channel pairs, and no basis is looked for that gives them')
     waves = -triangles[..., entry]
-    return torch.cat((waves[0], waves[1], rest[0]), dim=-1).unsqueeze(0)
+    return torch.cat((*waves, rest[0]), dim=-1).unsqueeze(0)

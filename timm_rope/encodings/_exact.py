@@ -4,14 +4,18 @@ Encodings whose channel pairs turn each by one wave vector, axial and uniform, m
 vectors; a block of LieRE holds pairs as generators that couple nothing else, or, in another basis of the channels, as
 generators that commute. Triplets are told by their frequencies, or by those as axes of rotation.
 """
+import copy
+import itertools
+import math
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions.coordinates import read_grid
+from ..positions.coordinates import format_grid, in_patches, read_grid, unit
 from ..rotations import AxesRotation, BlockRotation, PairRotation, Rotation, TripletRotation
+from ..rotations.axes import about_space
 from . import create_rope, list_ropes
 from ._base import ENCODINGS, RotaryEncoding
 from ._planes import planes
@@ -69,26 +73,33 @@ def _create(source: RotaryEncoding, name: str, options: Dict[str, Any]) -> Rotar
         carried.update({k: v for k, v in source.usage.items() if k not in given})
     with torch.random.fork_rng(devices=[]):  # the initial frequencies are not used
         return create_rope(
-            name, source.head_dim, source.num_heads, source.depth, read_grid(source.reference_grid, 'reference_grid'),
-            'cpu', source.freqs.dtype, **carried, **options)
+            name, source.head_dim, source.num_heads, source.depth,
+            read_grid(source.reference_grid, 'reference_grid', source.dims), 'cpu', source.freqs.dtype, **carried,
+            **options)
 
 
 def _freqs(
         source: RotaryEncoding, target: RotaryEncoding, any_basis: bool = False, prefix: bool = True,
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """Value of the target's `freqs` that gives the function of the source, and the basis it does so in."""
-    # scores of pairs that turn by wave vectors depend on differences of positions alone
-    scale, basis = _scale(source, target, prefix or type(target.rotation) is not PairRotation), None
+    # scores of pairs that turn by wave vectors, and of triplets about one axis, depend on differences alone
+    of_space, relative = _is_of_space(source), type(target.rotation) is PairRotation
+    if of_space and type(target.rotation) is BlockRotation and target.rotation.size == 3:
+        relative = True  # if it can be done
+    scale, basis = _scale(source, target, prefix or not relative), None
     try:
         if type(source) is type(target) and source._signature == target._signature:
             # the same function of the same numbers
             values = source.freqs.cpu().unflatten(2, [_heads(source), -1])
             return _shared(values, target).flatten(2, 3), None
+        if of_space and isinstance(target.rotation, BlockRotation) and target.frequencies().ndim == 5:
+            values = _in_units(_of_triplets(source, target), scale)
+            freqs = target.freqs_for(_shared(values, target))
+            if type(target.rotation) is BlockRotation:
+                _check_one_axis(source, target, freqs)
+            return freqs, None
         if _form(source.rotation) == _form(target.rotation):
             return target.freqs_for(_shared(_in_units(source.frequencies(), scale), target)), None
-        if isinstance(source.rotation, TripletRotation) and isinstance(target.rotation, AxesRotation):
-            axes = _axes(source.frequencies().cpu(), source.rotation, target.rotation)
-            return target.freqs_for(_shared(_in_units(axes, scale), target)), None
         try:
             vectors = wave_vectors(source)
         except ValueError:
@@ -106,13 +117,43 @@ def _freqs(
         raise _NoExactForm(error) from None
 
 
-def _axes(freqs: Tensor, source: TripletRotation, target: AxesRotation) -> Tensor:
-    """The frequencies of triplets as axes of space: yaw about the last, roll about the first."""
-    if source.order != target.order:
-        raise ValueError(f'the axes act in the order {source.order!r} here and {target.order!r} there')
-    yaw, roll = freqs
-    zero = torch.zeros_like(yaw)
-    return torch.stack((torch.stack((zero, zero, yaw), -1), torch.stack((roll, zero, zero), -1)))
+def _is_of_space(rope: RotaryEncoding) -> bool:
+    """Whether triplets turn in sequence, about axes of space."""
+    return isinstance(rope.rotation, (TripletRotation, AxesRotation))
+
+
+def _of_triplets(source: RotaryEncoding, target: RotaryEncoding) -> Tensor:
+    """Turns of triplets in sequence as axes of rotation, or as generators of blocks."""
+    axes = source.frequencies().cpu()
+    axes = about_space(axes) if axes.ndim == 4 else axes
+    if isinstance(target.rotation, AxesRotation):
+        orders = [getattr(rope.rotation, 'order', '') for rope in (source, target)]
+        if orders[0] != orders[1]:
+            raise ValueError(f'the axes act in the order {orders[0]!r} here and {orders[1]!r} there')
+        return axes
+    if target.rotation.size != 3:
+        raise ValueError(f'its triplets are blocks of 3, not of {target.rotation.size}')
+    return torch.stack((-axes[..., 2], axes[..., 1], -axes[..., 0]), -1)  # places (0, 1), (0, 2), (1, 2)
+
+
+def _check_one_axis(source: RotaryEncoding, target: RotaryEncoding, freqs: Tensor) -> None:
+    """Refuse turns in sequence that are not one exponential: those about axes that are not parallel."""
+    axes = _of_triplets(source, target).double()
+    for one, other in itertools.combinations(axes, 2):
+        size = torch.linalg.cross(one, other).norm(dim=-1)
+        if bool((size > 1e-6 * one.norm(dim=-1) * other.norm(dim=-1)).any()):
+            break
+    else:
+        return
+    target.freqs.copy_(freqs)
+    grid = read_grid(source.reference_grid, 'reference_grid', source.dims)
+    x = torch.eye(source.head_dim, dtype=freqs.dtype)[:, None, None]
+    x = x.expand(-1, source.num_heads, math.prod(grid), -1)
+    here = copy.deepcopy(source).cpu().eval()
+    most = max(float((here.rotate(x, a) - target.rotate(x, b)).abs().max()) for a, b in zip(here(grid), target(grid)))
+    raise ValueError(
+        f'a triplet turns about one axis after the other, which is one exponential only where a single one turns; on '
+        f'the reference grid of {format_grid(grid)} the rotations would differ by up to {most:.2g}')
 
 
 def _heads(rope: RotaryEncoding) -> int:
@@ -126,13 +167,19 @@ def _form(rotation: Rotation) -> Any:
 
 
 def _scale(source: RotaryEncoding, target: RotaryEncoding, origin_matters: bool) -> Tensor:
-    """The source's coordinates in units of the target's, x first, (2, 1, 1, 1)."""
-    same_steps = 'ends' not in (source.coords, target.coords) or source.coords == target.coords
+    """The source's coordinates in units of the target's, x first, (D,)."""
+    if source.register_side != target.register_side:
+        raise _NoExactForm('its registers lie on a grid of their own, which prefix tokens do not in the other')
+    if source.offset != target.offset and origin_matters:
+        raise _NoExactForm(
+            f'the offset of its patches from the prefix tokens is {source.offset:g} here and {target.offset:g} there')
+    same_steps = {source.coords, target.coords} <= {'index', 'cells'} or source.coords == target.coords
     if source.coords != target.coords and (origin_matters or not same_steps):
         raise _NoExactForm(
             f'coordinates {source.coords!r} and {target.coords!r} differ in origin or step' + (
                 ', and prefix tokens, which do not turn, see the origin' if origin_matters else ''))
-    if source.coords == target.coords != 'index' and source.centered != target.centered and origin_matters:
+    normalised = source.coords == target.coords and not in_patches(source.coords)
+    if normalised and source.centered != target.centered and origin_matters:
         places = ['the middle' if rope.centered else 'the corner' for rope in (source, target)]
         raise _NoExactForm(
             f'the coordinates {source.coords!r} have their origin in {places[0]} of the image here and in {places[1]} '
@@ -141,18 +188,18 @@ def _scale(source: RotaryEncoding, target: RotaryEncoding, origin_matters: bool)
 
 
 def _in_units(freqs: Tensor, scale: Tensor) -> Tensor:
-    return freqs.cpu() * scale.to(freqs.dtype).view(2, *[1] * (freqs.ndim - 1))
+    return freqs.cpu() * scale.to(freqs.dtype).view(-1, *[1] * (freqs.ndim - 1))
 
 
 def _unit(rope: RotaryEncoding) -> Tensor:
     """Step from patch to patch in the encoding's coordinates, x first; on 'ends' it depends on the grid likewise."""
-    rows, columns = read_grid(rope.reference_grid, 'reference_grid')
-    steps = (1., 1.) if rope.coords == 'index' else (rope.span / columns, rope.span / rows)
-    return torch.tensor(steps, dtype=torch.float64, device='cpu').view(2, 1, 1, 1)
+    grid = read_grid(rope.reference_grid, 'reference_grid', rope.dims)
+    sides = torch.tensor(grid, dtype=torch.float64, device='cpu')
+    return torch.ones_like(sides) if in_patches(rope.coords) else rope.span / unit(sides, rope.coords).flip(0)
 
 
 def _shared(values: Tensor, target: RotaryEncoding) -> Tensor:
-    """Values (2, L or 1, H or 1, ...) for as many layers and heads as the target keeps."""
+    """Values (D, L or 1, H or 1, ...) for as many layers and heads as the target keeps."""
     for axis, option, count in ((1, 'share_layers', target.depth), (2, 'share_heads', target.num_heads)):
         if not target.options[option]:
             values = values.expand(*(count if i == axis else -1 for i in range(values.ndim)))
@@ -180,7 +227,7 @@ def _possible(source: RotaryEncoding) -> List[str]:
 # -- wave vectors of the pairs (2k, 2k+1), which turn counter-clockwise
 
 def wave_vectors(rope: RotaryEncoding) -> Tensor:
-    """Wave vectors of the pairs, (2, L or 1, H or 1, P), x first, in radians per unit of coordinate.
+    """Wave vectors of the pairs, (D, L or 1, H or 1, P), x first, in radians per unit of coordinate.
 
     Raises:
         ValueError: The rotation is not described by wave vectors of pairs; the message is a reason.
@@ -202,7 +249,7 @@ def wave_vectors(rope: RotaryEncoding) -> Tensor:
 
 
 def freqs_for_wave_vectors(rope: RotaryEncoding, vectors: Tensor) -> Tensor:
-    """What `freqs` must hold to turn the pairs by (2, L, H, P) wave vectors; pairs beyond P stay unrotated.
+    """What `freqs` must hold to turn the pairs by (D, L, H, P) wave vectors; pairs beyond P stay unrotated.
 
     Raises:
         ValueError: No `freqs` do; the message is a reason.

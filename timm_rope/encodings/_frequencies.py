@@ -1,6 +1,7 @@
 """What a channel group turns by: tables of frequencies. Plain numbers in, tensors out, no modules.
 
-Frequencies are in radians per unit of coordinate. Everywhere the first axis of size 2 is (x, y), x first.
+Frequencies are in radians per unit of coordinate. Everywhere the first axis is (x, y), x first, and of D dimensions
+(x), or (x, y, z): the last coordinate of a position first.
 """
 import math
 from typing import Any, List
@@ -20,30 +21,45 @@ def geometric(count: int, temperature: float) -> List[float]:
     return [temperature ** (-g / count) for g in range(count)]
 
 
-def axial(x: List[float], y: List[float]) -> List[List[float]]:
-    """Wave vectors on the axes: the first len(x) groups turn with x only, the other len(y) with y only."""
-    return [x + [0.0] * len(y), [0.0] * len(x) + y]
+def axial(w: List[float], dims: int) -> List[List[float]]:
+    """Wave vectors on the axes: the first len(w) groups turn with x only, the next with y only, and so on."""
+    return [[0.0] * len(w) * axis + w + [0.0] * len(w) * (dims - 1 - axis) for axis in range(dims)]
 
 
-def turned_basis(lengths: List[float], angle: Tensor) -> Tensor:
-    """Axial wave vectors turned together by an angle, the initialisation of RoPE-Mixed (arXiv 2403.13298, section 3.2).
+def turned_basis(count: int, temperature: float, dims: int, like: Tensor) -> Tensor:
+    """Axial wave vectors turned together, the initialisation of RoPE-Mixed (arXiv 2403.13298, section 3.2).
+
+    A part of the waves, as equal as can be and the earlier ones larger, lies on each axis, with lengths from 1 down to
+    almost 1 / temperature. In the plane they are turned by a random angle, in space by a rotation drawn evenly from
+    all of them; on a line there is nothing to turn.
 
     Args:
-        lengths: P lengths of wave vectors; the second half of the pairs is 90 degrees from the first.
-        angle: (..., 1), in radians.
+        count: P, waves.
+        temperature: Ratio of the longest to the shortest.
+        dims: D.
+        like: (L, H), a basis each; its dtype and device are those of the result.
 
     Returns:
-        (2, ..., P), x first.
+        (D, L, H, P), x first.
     """
-    magnitudes = torch.tensor(lengths, device=angle.device, dtype=angle.dtype)
-    quarter = torch.zeros_like(magnitudes)
-    quarter[(len(lengths) + 1) // 2:] = math.pi / 2
-    angles = angle + quarter
-    return torch.stack((magnitudes * angles.cos(), magnitudes * angles.sin()))
+    part = -(-count // dims)
+    lengths = torch.tensor(
+        (geometric(part, temperature) * dims)[:count], device=like.device, dtype=like.dtype)
+    if dims == 2:
+        angles = 2 * math.pi * torch.rand(*like.shape, 1, device=like.device, dtype=like.dtype)
+        quarter = torch.zeros_like(lengths)
+        quarter[part:] = math.pi / 2
+        angles = angles + quarter
+        return torch.stack((lengths * angles.cos(), lengths * angles.sin()))
+    turn, triangle = torch.linalg.qr(torch.randn(*like.shape, dims, dims, device=like.device, dtype=like.dtype))
+    turn = turn * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # even
+    turn = turn * torch.linalg.det(turn).sign()[..., None, None]  # no reflection, as 1 and 3 are odd
+    axis = torch.arange(count, device=like.device) // part
+    return lengths * turn.index_select(-1, axis).movedim(-2, 0)
 
 
 def split(values: Any) -> Tensor:
-    """Frequencies (2, ...) as they are kept where float32 is too coarse: (4, ...), rounded, and what rounding left.
+    """Frequencies (D, ...) as they are kept where float32 is too coarse: (2 D, ...), rounded, and what rounding left.
 
     An angle of 90 rad is off by up to 5e-6 if it is made of a frequency that was rounded to float32.
     """
@@ -52,5 +68,6 @@ def split(values: Any) -> Tensor:
 
 
 def joined(freqs: Tensor) -> Tensor:
-    """The frequencies (2, ...) that `split` made (4, ...) of, in the widest dtype there is."""
-    return widest(freqs[:2]) + widest(freqs[2:])
+    """The frequencies (D, ...) that `split` made (2 D, ...) of, in the widest dtype there is."""
+    half = freqs.shape[0] // 2
+    return widest(freqs[:half]) + widest(freqs[half:])

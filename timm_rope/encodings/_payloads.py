@@ -6,12 +6,25 @@ from torch import Tensor
 
 
 @torch.fx.wrap
-def per_block(identity: Tensor, table: Tensor, num_prefix_tokens: int, depth: int) -> List[Tensor]:
-    """Payloads (L or 1, [B,] H or 1, N, W) with that of the prefix tokens in front -> one for each block."""
+def per_block(
+        prefix: Tensor, table: Tensor, num_prefix_tokens: int, depth: int, registers: int = 0) -> List[Tensor]:
+    """Payloads (L or 1, [B,] H or 1, N, W) with those of the prefix tokens in front -> one for each block.
+
+    `prefix` (..., 1 + registers, W) holds the payload of each prefix token but the registers, and those of the
+    registers, which come last.
+    """
     if num_prefix_tokens > 0:
+        if num_prefix_tokens < registers:
+            raise ValueError(
+                f'num_prefix_tokens must be 0 or at least {registers}, the registers of the encoding, got '
+                f'{num_prefix_tokens}.')
         shape = list(table.shape)
-        shape[-2] = num_prefix_tokens
-        table = torch.cat((identity.expand(shape), table), dim=-2)
+        shape[-2] = num_prefix_tokens - registers
+        first = prefix[..., :1, :].expand(shape)
+        if registers > 0:
+            shape[-2] = registers
+            first = torch.cat((first, prefix[..., 1:, :].expand(shape)), dim=-2)
+        table = torch.cat((first, table), dim=-2)
     if table.shape[0] == 1:
         shared = table[0]
         return [shared for _ in range(depth)]

@@ -4,8 +4,9 @@ If A_x and A_y commute, one orthogonal Q brings both to planes: Q^T (x A_x + y A
 angles w_x x + w_y y, so that exp(x A_x + y A_y) = Q R(x, y) Q^T with the rotation R of Mixed RoPE. So LieRE whose
 generators commute is Mixed (arXiv 2511.08368, theorem 3), and with one axis alone, where nothing is left to commute,
 LieRE is RoPE with learned frequencies (theorem 1). A score is (Q^T q)^T R (Q^T k): Q goes into the weights of queries
-and keys.
+and keys. Of three axes any two generators have to commute.
 """
+import itertools
 import math
 from typing import Tuple
 
@@ -22,20 +23,21 @@ def planes(generators: Tensor, head_dim: int, size: int) -> Tuple[Tensor, Tensor
     """Bring commuting generators to planes, in float64.
 
     Args:
-        generators: (2, L, H, G, b (b - 1) / 2), strict upper triangles of A_x and A_y, row by row.
-        head_dim: D; channels beyond the G b of the blocks do not turn.
+        generators: (D, L, H, G, b (b - 1) / 2), strict upper triangles of A_x, A_y, ..., row by row.
+        head_dim: Channels beyond the G b of the blocks do not turn.
         size: b.
 
     Returns:
-        Wave vectors of the pairs, (2, L, H, D // 2), x first, and the basis Q, (L, H, D, D): its columns are the pairs
+        Wave vectors of the pairs, (D, L, H, head_dim // 2), x first, and the basis Q, (L, H, head_dim, head_dim): its
+        columns are the pairs
         (2k, 2k + 1), then what does not turn.
 
     Raises:
         ValueError: The generators of a block do not commute; the message is a reason and says by how much.
     """
-    a = skew(generators.double().cpu(), size)  # (2, L, H, G, b, b)
+    a = skew(generators.double().cpu(), size)  # (D, L, H, G, b, b)
     layers, heads, groups = a.shape[1:4]
-    vectors = a.new_zeros(2, layers, heads, head_dim // 2)
+    vectors = a.new_zeros(len(a), layers, heads, head_dim // 2)
     basis = torch.eye(head_dim, dtype=a.dtype, device='cpu').repeat(layers, heads, 1, 1)
     for layer in range(layers):
         for head in range(heads):
@@ -56,14 +58,15 @@ def planes(generators: Tensor, head_dim: int, size: int) -> Tuple[Tensor, Tensor
 
 
 def _block(a: Tensor, where: str) -> Tuple[Tensor, Tensor]:
-    """Basis (b, b) of two commuting generators (2, b, b), planes first, and the wave vectors of the planes (2, P)."""
+    """Basis (b, b) of commuting generators (D, b, b), planes first, and the wave vectors of the planes (D, P)."""
     largest = a.abs().max().item()
     best = None
     for i in range(DIRECTIONS):
         angle = 0.1 + i * (math.sqrt(5) - 1) / 2 * math.pi
-        q, count = _planes_of(math.cos(angle) * a[0] + math.sin(angle) * a[1])
+        along = (math.cos(angle), math.sin(angle), math.sin(math.e * angle))
+        q, count = _planes_of(sum(c * one for c, one in zip(along[1:], a[1:])) + along[0] * a[0])
         inside = q.T @ a @ q
-        waves = torch.stack([inside[:, 2 * k + 1, 2 * k] for k in range(count)], dim=1) if count else a.new_zeros(2, 0)
+        waves = torch.stack([inside[:, 2 * k + 1, 2 * k] for k in range(count)], 1) if count else a.new_zeros(len(a), 0)
         for k in range(count):
             inside[:, 2 * k + 1, 2 * k] = 0
             inside[:, 2 * k, 2 * k + 1] = 0
@@ -74,9 +77,13 @@ def _block(a: Tensor, where: str) -> Tuple[Tensor, Tensor]:
             break
     assert best is not None
     if best[0] > TOLERANCE * largest:
-        commutator = (a[0] @ a[1] - a[1] @ a[0]).norm() / (a[0].norm() * a[1].norm())
+        ratio, x, y = max(
+            (float((a[i] @ a[j] - a[j] @ a[i]).norm() / (a[i].norm() * a[j].norm()).clamp_min(1e-30)), i, j)
+            for i, j in itertools.combinations(range(len(a)), 2))
+        one, other = f'A_{"xyz"[x]}', f'A_{"xyz"[y]}'
         raise ValueError(
-            f'the generators of {where} do not commute: |A_x A_y - A_y A_x| is {commutator:.2g} of |A_x| |A_y|, and '
+            f'the generators of {where} do not commute: |{one} {other} - {other} {one}| is {ratio:.2g} of '
+            f'|{one}| |{other}|, and '
             f'{best[0] / largest:.2g} of the largest entry couples more than pairs in every basis')
     return best[1], best[2]
 

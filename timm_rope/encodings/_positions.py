@@ -6,7 +6,16 @@ from torch import Tensor
 
 from .._tracing import plain, recording
 from ..positions.augmentation import augment
-from ..positions.coordinates import grid_axes, point_axes, read_grid, reference_side, to_grid
+from ..positions.coordinates import (
+    Grid,
+    describe_grid,
+    grid_axes,
+    index_axis,
+    point_axes,
+    read_grid,
+    reference_side,
+    to_grid,
+)
 from ..positions.scaling import growth, interpolate, rescale
 from ..rotations import Rotation
 from ._cache import KeepsPayloads
@@ -15,13 +24,15 @@ from ._state import SavedState
 from ._usage import HasUsage
 
 # FX keeps these as single nodes; it looks for them by name in the module that calls them, so not only where they stand
-for _name in ('augment', 'grid_axes', 'growth', 'per_block', 'reference_side', 'rescale'):
+for _name in ('augment', 'grid_axes', 'growth', 'index_axis', 'per_block', 'reference_side', 'rescale'):
     torch.fx.wrap(_name)
 
 
 class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
     """Part of `RotaryEncoding` that turns positions into payloads, by the convention and the usage of the encoding."""
     coords: str
+    offset: float
+    register_side: int
     rotation: Rotation
     span: ClassVar[float]
     centered: ClassVar[bool]
@@ -30,13 +41,24 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
     def frequencies(self) -> Tensor:
         raise NotImplementedError
 
-    def _payloads(self, height: int, width: int, num_prefix_tokens: int) -> List[Tensor]:
-        axes = grid_axes(height, width, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
-        identity, table = self._tables(axes[0], axes[1], (height, width))
-        return per_block(identity, table, num_prefix_tokens, self.depth)
+    def __prepare_scriptable__(self) -> 'MakesPayloads':
+        if self.dims != 2:
+            raise ValueError(
+                f'TorchScript takes encodings of images only, this one has grids of {describe_grid(self.dims)}: '
+                f'torch.compile and torch.export take it.')
+        return self
+
+    def register_frequencies(self) -> Tensor:
+        """Frequencies of registers that lie on a grid of their own; overridden by encodings with that option."""
+        return self.frequencies()
+
+    def _payloads(self, grid: List[int], num_prefix_tokens: int) -> List[Tensor]:
+        axes = grid_axes(grid, self.reference_grid, self.freqs, self.coords, self.span, self.centered, self.offset)
+        prefix, table = self._tables(axes, grid, False)
+        return per_block(prefix, table, num_prefix_tokens, self.depth, self.register_side * self.register_side)
 
     def at(
-            self, coordinates: Tensor, num_prefix_tokens: int = 0, extent: Optional[Tuple[int, int]] = None,
+            self, coordinates: Tensor, num_prefix_tokens: int = 0, extent: Optional[Grid] = None,
     ) -> List[Tensor]:
         """Payloads of points anywhere, as calling the module gives those of the patches of a grid.
 
@@ -48,7 +70,8 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
         The rule for larger grids, the middle of the image and random coordinates in training go by `extent`, too.
 
         Args:
-            coordinates: (N, 2), or (B, N, 2) where every image has its own: row and column, floats or integers.
+            coordinates: (N, D), or (B, N, D) where every image has its own, floats or integers: row and column, as many
+                numbers as the reference grid has sizes, in their order.
             num_prefix_tokens: Tokens in front of the points (class, registers); their payload is the identity.
             extent: (rows, columns) of patches of the image that the points lie in, by default the reference grid.
 
@@ -57,61 +80,77 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
 
         Raises:
             TypeError: `coordinates` are no tensor of real numbers.
-            ValueError: They are of another shape or device, or not finite (only seen in eager mode), or `extent` is not
-                two positive integers.
+            ValueError: They are of another shape or device, or not finite (only seen in eager mode), or `extent` is no
+                such grid.
         """
-        check_coordinates(coordinates, self.freqs.device)
+        check_coordinates(coordinates, self.freqs.device, self.dims)
         if extent is not None and not torch.compiler.is_compiling():
-            extent = to_grid(extent, 'extent')
+            extent = to_grid(extent, 'extent', self.dims)
         if self._undecided and not recording():
             self._settle(extent)
+        grid = None if extent is None else list(extent)
         axes = point_axes(
-            coordinates, extent, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
-        identity, table = self._tables(axes[0], axes[1], extent)
+            coordinates, grid, self.reference_grid, self.freqs, self.coords, self.span, self.centered, self.offset)
+        prefix, table = self._tables(axes, grid, True)
         table = table[:, :, 1:-1]  # without the ends of the grid
         if coordinates.ndim == 3:
-            identity, table = identity.unsqueeze(1), table.unflatten(2, coordinates.shape[:2]).transpose(1, 2)
-        return per_block(identity, table, num_prefix_tokens, self.depth)
+            prefix, table = prefix.unsqueeze(1), table.unflatten(2, coordinates.shape[:2]).transpose(1, 2)
+        return per_block(prefix, table, num_prefix_tokens, self.depth, self.register_side * self.register_side)
 
-    def _settle(self, extent: Optional[Tuple[int, int]]) -> None:
+    def _settle(self, extent: Optional[Grid]) -> None:
         """In a training step, decide the grid that the coordinates are in units of."""
         if extent is None and not torch.compiler.is_compiling() and not self.reference_grid.is_meta:
-            extent = read_grid(self.reference_grid, 'reference_grid')
+            extent = read_grid(self.reference_grid, 'reference_grid', self.dims)
         if extent is not None:
             self.settle_reference_grid(extent)
 
-    def _tables(self, y: Tensor, x: Tensor, grid: Optional[Tuple[int, int]]) -> Tuple[Tensor, Tensor]:
-        """Payloads (L, H, 1, W) of a prefix token and (L, H, N, W) of positions in a grid; None is the reference grid.
+    def _tables(self, axes: List[Tensor], grid: Optional[List[int]], points: bool) -> Tuple[Tensor, Tensor]:
+        """Payloads (L, H, 1 + R, W) of a prefix token and the registers that have places, and (L, H, N, W) of positions
+        in a grid; None is the reference grid.
 
-        y and x are as `Rotation.table` takes them; the first and the last are those of the grid.
+        Axes are those of a grid (size,), or of points (N,); the first and the last place are those of the grid.
         """
         freqs = self.frequencies()
+        dims = self.dims
         if self.scaling != 'extrapolate' and grid is not None:
-            s = growth(grid[0], grid[1], self.reference_grid, self.freqs)
+            s = growth(grid, self.reference_grid, self.freqs, self.coords)
             if self.scaling == 'interpolate':
-                y, x = interpolate(y, s[1], self.coords), interpolate(x, s[0], self.coords)
+                axes = [interpolate(axes[i], s[dims - 1 - i], self.coords, self.offset) for i in range(dims)]
             else:
                 side = reference_side(self.reference_grid, self.freqs, self.coords, self.span)
                 freqs = rescale(self.scaling, freqs, s, side, self.axes_apart)
         if self._augmented and self.training:
-            moved = augment(
-                y, x, reference_side(self.reference_grid, self.freqs, self.coords, self.span),
+            axes = augment(
+                axes, reference_side(self.reference_grid, self.freqs, self.coords, self.span),
                 self._shift, self._jitter, self._rescale)
-            y, x = moved[0], moved[1]
         # R(0) is the identity in every encoding: a prefix token sits at the origin
-        origin = torch.zeros_like(y[:1])
+        origin = torch.zeros_like(axes[0][:1])
+        prefix = self._table(freqs, [origin for _ in range(dims)], False)
+        if self.register_side > 0:  # of images only
+            axis = index_axis(self.register_side, origin)
+            prefix = torch.cat((prefix, self.rotation.table(self.register_frequencies(), axis, axis)), dim=2)
         dtype = self.freqs.dtype  # frequencies may be wider
-        return self.rotation.table(freqs, origin, origin).to(dtype), self.rotation.table(freqs, y, x).to(dtype)
+        return prefix.to(dtype), self._table(freqs, axes, points).to(dtype)
+
+    def _table(self, freqs: Tensor, axes: List[Tensor], points: bool) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self.dims != 2:
+                if not points:  # in the shape of the grid
+                    axes = [a.reshape([1] * i + [-1] + [1] * (self.dims - 1 - i)) for i, a in enumerate(axes)]
+                return self.rotation.table_nd(freqs, axes)
+        x = axes[1]
+        return self.rotation.table(freqs, axes[0], x.unsqueeze(1) if points else x)  # points: a grid of one column
 
 
-def check_coordinates(coordinates: Tensor, device: torch.device) -> None:
-    """Refuse what are no points (N, 2) or (B, N, 2)."""
+def check_coordinates(coordinates: Tensor, device: torch.device, dims: int) -> None:
+    """Refuse what are no points (N, D) or (B, N, D)."""
     if not isinstance(coordinates, Tensor) or coordinates.is_complex() or coordinates.dtype == torch.bool:
         got = coordinates.dtype if isinstance(coordinates, Tensor) else type(coordinates).__name__
         raise TypeError(f'coordinates must be a tensor of real numbers, floats or integers, got {got}.')
-    if coordinates.ndim not in (2, 3) or coordinates.shape[-1] != 2:
+    if coordinates.ndim not in (2, 3) or coordinates.shape[-1] != dims:
+        names = {1: 'the place', 2: 'row and column', 3: 'frame, row and column'}[dims]
         raise ValueError(
-            f'coordinates must be (N, 2) or (batch, N, 2), row and column of every point, got '
+            f'coordinates must be (N, {dims}) or (batch, N, {dims}), {names} of every point, got '
             f'{tuple(coordinates.shape)}.')
     if coordinates.device != device:
         raise ValueError(f'coordinates must be on the device of the encoding, {device}, got {coordinates.device}.')

@@ -1,6 +1,7 @@
 """Encodings by name."""
-from typing import Any, List, Tuple
+from typing import Any, List
 
+from ..positions.coordinates import Grid
 from ._base import ENCODINGS, RotaryEncoding
 
 
@@ -14,7 +15,7 @@ def create_rope(
         head_dim: int = 64,
         num_heads: int = 6,
         depth: int = 12,
-        reference_grid: Tuple[int, int] = (14, 14),
+        reference_grid: Grid = (14, 14),
         device=None,
         dtype=None,
         **options: Any,
@@ -26,7 +27,8 @@ def create_rope(
         head_dim: Channels per attention head.
         num_heads: Attention heads.
         depth: Blocks of the model; calling the encoding gives one payload for each.
-        reference_grid: (rows, columns) of patches the weights are trained on.
+        reference_grid: (rows, columns) of patches the weights are trained on; (tokens,) for sequences, (frames, rows,
+            columns) for videos and volumes.
         device: Device of its tensors.
         dtype: float32 or float64; lower precisions are raised to float32.
         **options: Options of the encoding (`ENCODINGS[name].option_defaults()`), and `scaling`, `log_n`, `shift`,

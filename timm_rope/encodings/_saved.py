@@ -66,6 +66,7 @@ def read_encoding(state_dict: Dict[str, Any], prefix: str, num_heads: Optional[i
         raise ValueError(f'The state dict of {name!r} has no {", ".join(missing)}.')
     width = state_dict[qkv].shape[0] // 3
     depth = len({key[len(blocks):].split('.')[0] for key in state_dict if key.startswith(blocks)})
+    ones = (1,) * state_dict[needed[1]].numel()  # the sizes are loaded
     shapes = {key: tuple(state_dict[key].shape) for key in (q_norm, *needed[2:]) if key in state_dict}
     wide = state_dict[needed[2] if learned else qkv].dtype == torch.float64
 
@@ -75,7 +76,7 @@ def read_encoding(state_dict: Dict[str, Any], prefix: str, num_heads: Optional[i
         for shared in product((False, True), repeat=2 if learned else 0):
             try:
                 rope = create_rope(
-                    name, width // heads, heads, depth, (1, 1), 'meta', torch.float64 if wide else torch.float32,
+                    name, width // heads, heads, depth, ones, 'meta', torch.float64 if wide else torch.float32,
                     **options, **dict(zip(SHARING, shared)))
             except ValueError:
                 continue  # the heads are too small for the encoding

@@ -7,13 +7,14 @@ differ, a number lies between -1 and 1. After the '@' stands the reference grid,
 that an average of two grids is seen as well.
 """
 import re
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 TOLERANCE = 0.1  # what averaging in low precision may lose; a second text with a weight of 5 % changes a bit by as much
-UNKNOWN_GRID = (0, 0)
+UNKNOWN_GRID = (0, 0)  # any grid of zeros
+LATER = dict(offset='0', registers='0', scale='1')  # options that older signatures do not name, and what they were
 
 
 def format_signature(name: str, options: Dict[str, Any]) -> str:
@@ -24,9 +25,10 @@ def format_signature(name: str, options: Dict[str, Any]) -> str:
     return f'{name}({items})'
 
 
-def write_signature(text: str, grid: Tuple[int, int] = UNKNOWN_GRID, device: Any = 'cpu') -> Tensor:
+def write_signature(text: str, grid: Sequence[int] = UNKNOWN_GRID, device: Any = 'cpu') -> Tensor:
     """A signature as it is saved, (characters, 8) float32: the bits of its ASCII characters, 1 or -1."""
-    codes = torch.tensor(list(f'{text}@{grid[0]:05}x{grid[1]:05}'.encode('ascii')), device=device)
+    sizes = 'x'.join(f'{size:05}' for size in grid)
+    codes = torch.tensor(list(f'{text}@{sizes}'.encode('ascii')), device=device)
     bits = codes.unsqueeze(-1).bitwise_right_shift(torch.arange(8, device=device)).bitwise_and(1)
     return bits.float() * 2 - 1
 
@@ -41,15 +43,15 @@ def read_signature(value: Any) -> Optional[str]:
     return None if text is None else text.partition('@')[0]
 
 
-def read_signature_grid(value: Any) -> Optional[Tuple[int, int]]:
+def read_signature_grid(value: Any) -> Optional[Tuple[int, ...]]:
     """The reference grid that a saved signature names, None if it names none.
 
     Raises:
         ValueError: The signature cannot be read.
     """
-    match = re.fullmatch(r'(\d+)x(\d+)', (_text(value) or '').partition('@')[2])
-    grid = (int(match[1]), int(match[2])) if match else UNKNOWN_GRID
-    return None if grid == UNKNOWN_GRID else grid
+    sizes = (_text(value) or '').partition('@')[2]
+    grid = tuple(int(size) for size in sizes.split('x')) if sizes else UNKNOWN_GRID
+    return grid if any(grid) else None
 
 
 def _text(value: Any) -> Optional[str]:
@@ -79,15 +81,15 @@ def signature_conflicts(saved: str, current: str) -> str:
         return ''
     if saved_parts[0] != current_parts[0]:
         return f'{saved_parts[0]!r} is not {current_parts[0]!r}'
-    ours = current_parts[1]
+    ours, theirs = current_parts[1], {**LATER, **saved_parts[1]}
     return ', '.join(
         f'{key} is {value} there and {ours[key]} here'
-        for key, value in saved_parts[1].items() if ours.get(key, value) != value)
+        for key, value in theirs.items() if ours.get(key, value) != value)
 
 
 def parse_signature(text: str) -> Optional[Tuple[str, Dict[str, str]]]:
     """Name and options of a signature, None if it is none."""
-    match = re.fullmatch(r'(\w+)\(([^()]*)\)(@\d+x\d+)?', text)
+    match = re.fullmatch(r'(\w+)\(([^()]*)\)(@\d+(x\d+)*)?', text)
     if match is None:
         return None
     return match[1], dict(item.split('=', 1) for item in match[2].split(',') if '=' in item)

@@ -92,7 +92,7 @@ class SavedState(HasReferenceGrid):
                 raise RuntimeError(
                     f'The checkpoint holds the rotary encoding {saved}, this module is {self._signature}: {reason}. '
                     f'Build the model with the encoding and options of the checkpoint.')
-        saved_reference_grid(state_dict, prefix)
+        saved_reference_grid(state_dict, prefix, self.dims)
         freqs = state_dict.get(f'{prefix}freqs')
         if isinstance(freqs, Tensor) and freqs.is_complex():
             raise ValueError(f'{prefix}freqs of the checkpoint must be real numbers, got {freqs.dtype}.')
@@ -106,7 +106,7 @@ class SavedState(HasReferenceGrid):
             self.adopt_reference_grid()
             sides = self.reference_grid.tolist()
             if all(0.5 < side < LARGEST_SIDE for side in sides):  # after `to_empty` they hold anything
-                signature = write_signature(self._signature, (round(sides[0]), round(sides[1])), self.signature.device)
+                signature = write_signature(self._signature, [round(side) for side in sides], self.signature.device)
                 if not torch.equal(signature, self.signature):  # the grid was changed, or an average moved the bits
                     with torch.no_grad():
                         self.signature.copy_(signature)
@@ -116,7 +116,7 @@ class SavedState(HasReferenceGrid):
         self.check_state_dict(state_dict, prefix)
         assign = local_metadata.get('assign_to_params_buffers', False)
         tensors = dict(state_dict)
-        grid = saved_reference_grid(state_dict, prefix)
+        grid = saved_reference_grid(state_dict, prefix, self.dims)
         if grid is not None:
             device = state_dict[f'{prefix}reference_grid'].device if assign else self.reference_grid.device
             self._undecided = False

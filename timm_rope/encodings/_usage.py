@@ -9,24 +9,27 @@ from torch import nn
 
 from .._checks import check_choice, check_flag
 from ..positions.augmentation import check_amount
-from ..positions.scaling import RULES
+from ..positions.scaling import RULES, own_rule
 from ._cache import PayloadCache
 
-# what every encoding takes besides its own options, with defaults; models take it with the prefix rope_
-USAGE: Dict[str, Any] = dict(scaling='extrapolate', log_n=False, shift=None, jitter=None, rescale=None)
+# what every encoding takes besides its own options, with defaults; models take it with the prefix rope_. A scaling of
+# None is the rule of the coordinates
+USAGE: Dict[str, Any] = dict(scaling=None, log_n=False, shift=None, jitter=None, rescale=None)
 
 
 class HasUsage(nn.Module):
     """Part of `RotaryEncoding` that holds its usage."""
     name: ClassVar[str]
+    coords: str
     scalings: ClassVar[Tuple[str, ...]] = RULES
 
     @torch.jit.unused
     def set_usage(
-            self, scaling: str, log_n: bool, shift: Optional[float], jitter: Optional[float], rescale: Optional[float],
+            self, scaling: Optional[str], log_n: bool, shift: Optional[float], jitter: Optional[float],
+            rescale: Optional[float],
     ) -> None:
         """Set everything at once; the arguments are those of `RotaryEncoding`."""
-        self.set_scaling(scaling, log_n)
+        self.set_scaling(own_rule(self.coords) if scaling is None else scaling, log_n)
         self._shift = check_amount(shift, 'shift', 0.)
         self._jitter = check_amount(jitter, 'jitter', 1.)
         self._rescale = check_amount(rescale, 'rescale', 1.)
@@ -68,6 +71,7 @@ class HasUsage(nn.Module):
     @property
     def usage(self) -> Dict[str, Any]:
         """What is no part of the function that the weights were trained for, as the constructor takes it."""
+        scaling = None if self.scaling == own_rule(self.coords) else self.scaling
         return dict(
-            scaling=self.scaling, log_n=self.log_n, shift=self._shift or None,
+            scaling=scaling, log_n=self.log_n, shift=self._shift or None,
             jitter=None if self._jitter == 1 else self._jitter, rescale=None if self._rescale == 1 else self._rescale)

@@ -20,6 +20,9 @@ class GeoPE(RotaryEncoding, name='geope'):
     grids extrapolate: the range grows, the step between patches stays. Channels beyond the last triplet pass
     unrotated: one of a head_dim of 64.
 
+    In three dimensions the third quaternion is exp(w z k / 2), and the mean turns by w |p| / 3 about (y, x, z); in one
+    there is nothing to average, and a triplet turns by w x, exactly relative.
+
     Neither the exponent of w_g nor the coordinates are in what could be read of the paper: they are those of Spherical.
 
     Args:
@@ -44,6 +47,10 @@ class GeoPE(RotaryEncoding, name='geope'):
         return geometric(self.rotation.groups, self.options['temperature'])
 
     def frequencies(self) -> Tensor:
-        x, y = 0.5 * self.freqs[0], -0.5 * self.freqs[1]  # places (0, 2) and (1, 2) of the generators
-        zero = torch.zeros_like(x)
-        return torch.stack((torch.stack((zero, x, zero), -1), torch.stack((zero, zero, y), -1)))
+        signs, places = (1., -1., -1.), (1, 2, 0)  # (0, 2), (1, 2) and (0, 1) of the generators
+        rows = []
+        for axis in range(self.dims):
+            row = [torch.zeros_like(self.freqs[axis]) for _ in range(3)]
+            row[places[axis]] = signs[axis] / self.dims * self.freqs[axis]
+            rows.append(torch.stack(row, -1))
+        return torch.stack(rows)

@@ -15,7 +15,8 @@ class LieRE(RotaryEncoding, name='liere'):
     block 2 is RoPE-Mixed in other coordinates, block = head_dim the dense LieRE, 8 the best of its paper. Generators
     start uniform in (0, 2 pi), by default for every layer and head. Not relative, unless A_x and A_y commute. Larger
     grids extrapolate: coordinates grow beyond 1, the step between patches stays. Channels of head_dim beyond the last
-    whole block pass unrotated.
+    whole block pass unrotated. In D dimensions there are D generators, as in the paper; of one it is relative, and RoPE
+    in another basis (arXiv 2511.08368, theorem 1: `convert_encoding`).
 
     `freqs`: (2, depth, heads * blocks, block (block - 1) / 2), strict upper triangles row by row, x first.
 
@@ -46,7 +47,7 @@ class LieRE(RotaryEncoding, name='liere'):
     def freqs_shape(self, layers: int, heads: int) -> Tuple[int, ...]:
         # at most 4 dimensions: `model.to(memory_format=torch.channels_last)` refuses parameters with 5
         size = self.rotation.size
-        return 2, layers, heads * self.rotation.groups, size * (size - 1) // 2
+        return self.dims, layers, heads * self.rotation.groups, size * (size - 1) // 2
 
     def initial_freqs(self) -> Tensor:
         return 2 * torch.pi * torch.rand_like(self.freqs)

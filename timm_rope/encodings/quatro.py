@@ -1,16 +1,14 @@
 """QuatRo: channel triplets turn about two learned axes of space, one for each axis of the image."""
-from typing import Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_choice, check_group
+from .._checks import check_group
 from ..rotations import AxesRotation
-from ._base import RotaryEncoding
+from ._base import ORDERS, RotaryEncoding
 from ._frequencies import geometric
-
-ORDERS = ('yx', 'xy')
 
 
 class QuatRo(RotaryEncoding, name='quatro'):
@@ -25,9 +23,11 @@ class QuatRo(RotaryEncoding, name='quatro'):
     Starts with the frequencies of Spherical, about axes drawn evenly from all directions for every layer, head and
     triplet; how the authors start is not in what could be read. `freqs`: (2, depth, heads * triplets, 3), x first.
 
+    In D dimensions there are D axes and factors; one turns a triplet about one axis, as a pair in a learned plane.
+
     Args:
         temperature: Ratio of the highest to the lowest initial frequency.
-        order: Axis that acts first: 'yx' as the paper, or 'xy'.
+        order: Axis that acts first: 'yx' as the paper, or 'xy'. Of three axes 'zyx' or any other order of the three.
         coords: 'cells' (patch centres from -pi to pi across the reference grid), 'ends' or 'index'.
         share_heads: One set of axes for all heads of a layer.
         share_layers: One set of axes for all layers.
@@ -40,15 +40,18 @@ class QuatRo(RotaryEncoding, name='quatro'):
     defaults = dict(temperature=100., order='yx', coords='cells')
     scalings = ('extrapolate', 'interpolate')
 
+    def _checked(self, options: Dict[str, Any]) -> Dict[str, Any]:
+        return super()._checked({'order': ORDERS[self.dims][0], **options})
+
     def make_rotation(self) -> AxesRotation:
         check_group(self.head_dim, 3, self.name)
-        return AxesRotation(self.head_dim, check_choice(self.options['order'], ORDERS, 'order'))
+        return AxesRotation(self.head_dim, self.options['order'])
 
     def no_scaling(self) -> str:
         return 'a triplet turns about an axis that depends on the direction, so only coordinates can change'
 
     def freqs_shape(self, layers: int, heads: int) -> Tuple[int, ...]:
-        return 2, layers, heads * self.rotation.groups, 3
+        return self.dims, layers, heads * self.rotation.groups, 3
 
     def initial_freqs(self) -> Tensor:
         groups = self.rotation.groups

@@ -5,7 +5,7 @@ from typing import Any, Dict, List
 import torch
 from torch import Tensor
 
-from .._checks import check_flag, check_integer, check_positive
+from .._checks import check_flag, check_integer
 from ..positions.scaling import RULES
 from ..rotations import PairRotation
 from ..rotations.base import by_rows
@@ -26,6 +26,7 @@ class Spiral(RotaryEncoding, name='spiral'):
     This is the channel layout of the published weights. A head_dim that is a multiple of 4 K gives every direction the
     same number of channels; with a head_dim of 2 K times an odd number some directions get none. Nothing is learned,
     all heads and layers share the angles. Exactly relative unless clamped. Larger grids extrapolate to higher indices.
+    Only for images: its directions are steps of an angle in the plane, and the paper names none of space.
 
     Args:
         directions: K, even; head_dim must be a multiple of 2 K, it has no unrotated rest. 16 as the paper; if it is not
@@ -37,19 +38,20 @@ class Spiral(RotaryEncoding, name='spiral'):
             by turning an image of them about its centre; where a turned position falls outside, it takes the border.
             So patches near the corners get other angles than the formula's, and the score is no longer relative. That
             grid is square; here rows and columns of others turn about their centre in units of patches.
-        coords: Only 'index', row and column number.
+        coords: 'index', row and column number, or 'eva', squeezed onto the reference grid (not with clamp).
     """
     summary = 'Fixed waves in many directions: oblique without a learned parameter, and still exactly relative.'
     source = 'arXiv 2602.03227'
     oblique = True
     defaults = dict(directions=16, temperature=1e4, scale=1.5, clamp=False, coords='index')
-    coords_choices = ('index',)
+    coords_choices = ('index', 'eva')
+    dimensions, no_dimensions = (2,), 'its directions go around in the plane, and its paper names no others'
 
     def _checked(self, options: Dict[str, Any]) -> Dict[str, Any]:
         fitting = directions_of(self.head_dim)
         options = super()._checked({'directions': default_directions(self.head_dim), **options})
-        check_positive(options['scale'], 'scale')
-        check_flag(options['clamp'], 'clamp')
+        if check_flag(options['clamp'], 'clamp') and options['coords'] == 'eva':
+            raise ValueError("coords must be 'index' with clamp=True: where angles are clamped depends on the grid.")
         if not fitting:
             raise ValueError(f'head_dim must be a multiple of 4 for {self.name!r}, got {self.head_dim}.')
         options['directions'] = check_integer(options['directions'], 'directions', 2)

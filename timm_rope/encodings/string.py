@@ -1,14 +1,13 @@
 """STRING: pairs that turn by wave vectors in a learned orthogonal basis, of the widest form that stays relative."""
 from typing import Any, Dict, Tuple
 
-import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_group, check_integer
 from ..rotations import BlockRotation
 from . import _commuting
 from ._base import RotaryEncoding
-from ._frequencies import geometric, turned_basis
+from ._frequencies import turned_basis
 
 
 class String(RotaryEncoding, name='string'):
@@ -25,6 +24,7 @@ class String(RotaryEncoding, name='string'):
                     of an even block, do not turn. Learned are the free numbers of A_x and A_y, its column 0 from row 1.
 
     `freqs`: (1, depth, heads * blocks, 2 (b // 2) + b (b - 1) / 2), u, v, S; (2, depth, heads * blocks, (b - 1) // 2).
+    In D dimensions, as in the paper, there are D generators and wave numbers.
 
     Args:
         basis: 'cayley', in the paper the more accurate, or 'circulant', with fewer parameters.
@@ -59,19 +59,17 @@ class String(RotaryEncoding, name='string'):
     def freqs_shape(self, layers: int, heads: int) -> Tuple[int, ...]:
         size, blocks = self.rotation.size, heads * self.rotation.groups  # at most 4 dimensions, as LieRE
         if self.basis == 'circulant':
-            return 2, layers, blocks, (size - 1) // 2
-        return 1, layers, blocks, size // 2 * 2 + size * (size - 1) // 2
+            return self.dims, layers, blocks, (size - 1) // 2
+        return 1, layers, blocks, size // 2 * self.dims + size * (size - 1) // 2
 
     def initial_freqs(self) -> Tensor:
         size, blocks, like = self.rotation.size, self.rotation.groups, self.freqs
         pairs = blocks * ((size - (self.basis == 'circulant')) // 2)
-        w = geometric((pairs + 1) // 2, self.options['temperature'])
-        angle = torch.rand(like.shape[1], like.shape[2] // blocks, 1, dtype=like.dtype, device=like.device)
-        waves = turned_basis((w + w)[:pairs], 2 * torch.pi * angle)
-        return _commuting.freqs_of_waves(waves.reshape(2, *like.shape[1:3], -1), size, self.basis)
+        waves = turned_basis(pairs, self.options['temperature'], self.dims, like[0, :, ::blocks, 0])
+        return _commuting.freqs_of_waves(waves.reshape(self.dims, *like.shape[1:3], -1), size, self.basis)
 
     def frequencies(self) -> Tensor:
-        generators = _commuting.generators(self.freqs, self.rotation.size, self.basis)
+        generators = _commuting.generators(self.freqs, self.dims, self.rotation.size, self.basis)
         return generators.unflatten(2, [-1, self.rotation.groups])
 
     def freqs_for(self, frequencies: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Exact changes of encoding: some encodings are special cases of others, with the same function of every image.
 
     uniform, axial -> axial_learned -> mixed -> string -> liere,   spiral, golden, nd -> mixed,
-    spherical -> spherical_learned -> quatro,   comrope -> liere
+    spherical -> spherical_learned -> quatro,   comrope -> liere,   one turn of a triplet -> liere with blocks of 3
 
 Only the encoding changes, no other weight: channel pairs stay where they are. The exception is LieRE with generators
 that commute, which is mixed in another basis of the channels (arXiv 2511.08368, theorem 3, and theorem 1 where one axis
@@ -32,7 +32,8 @@ def convert_encoding(source: Any, name: str, *, num_heads: Optional[int] = None,
 
     Args:
         source: Model with a rotary encoding, the state dict of a ViT, or an encoding alone (`create_rope`). Not
-            changed.
+            changed. A model is also any module with a `rope`, `blocks` with `attn.qkv`, and `num_prefix_tokens` if it
+            has some, as one of sequences.
         name: Encoding to change to, a learned one of `list_ropes()`.
         num_heads: Attention heads; only for state dicts, which do not tell them where all heads share frequencies.
         **options: Options of the target, with or without the prefix `rope_`. Default: those of the source where both

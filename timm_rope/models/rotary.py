@@ -4,17 +4,25 @@ from typing import Any, Dict, List, Optional
 import torch
 
 from ..encodings._base import RotaryEncoding
+from ..positions.coordinates import to_grid
 
 
 def take_options(rope_encoding: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Take the options of the encoding, which start with `rope_`, out of the arguments of a model.
 
     Raises:
-        ValueError: There are some although the model has no encoding.
+        ValueError: There are some although the model has no encoding, a reference grid of no image, or places for
+            registers that the model does not have.
     """
     options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith('rope_')}
     if rope_encoding == 'none' and options:
         raise ValueError(f'{", ".join(options)} need a rope_encoding, got rope_encoding={rope_encoding!r}.')
+    if options.get('rope_reference_grid') is not None:
+        to_grid(options['rope_reference_grid'], 'rope_reference_grid')  # encodings have other dimensions as well
+    placed, registers = options.get('rope_registers', 0), kwargs.get('reg_tokens', 0)
+    if placed not in (0, registers):
+        raise ValueError(
+            f'rope_registers must be 0 or reg_tokens, the registers of the model ({registers}), got {placed}.')
     return options
 
 

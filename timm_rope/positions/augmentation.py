@@ -5,7 +5,7 @@ distances between patches than those of its reference grid.
 """
 import math
 from numbers import Real
-from typing import Any, Tuple
+from typing import Any, List
 
 import torch
 from torch import Tensor
@@ -22,34 +22,33 @@ def check_amount(value: Any, name: str, neutral: float) -> float:
 
 @torch.fx.wrap
 def augment(
-        y: Tensor,
-        x: Tensor,
+        axes: List[Tensor],
         side: Tensor,
         shift: float,
         jitter: float,
         rescale: float,
-) -> Tuple[Tensor, Tensor]:
+) -> List[Tensor]:
     """Move and stretch the coordinates of a grid by one random draw.
 
     Along each axis p -> c + (p - c + a side / 2) f, with c the middle of the grid: what DINOv3 does to coordinates from
-    -1 to 1. So the amounts mean the same in every coordinate convention. Five numbers are drawn by torch's generator of
-    the device, whatever the amounts.
+    -1 to 1. So the amounts mean the same in every coordinate convention. 2 D + 1 numbers are drawn by torch's generator
+    of the device for D axes, five for an image, whatever the amounts.
 
     Args:
-        y: (rows,), coordinates of the rows.
-        x: (columns,), coordinates of the columns.
-        side: (2,), length of the reference grid along x and y in the unit of the coordinates.
+        axes: Coordinates along each axis of the grid, x last, on axis 0 from its first place to its last.
+        side: (D,), length of the reference grid along x, y, ... in the unit of the coordinates.
         shift: a is uniform in [-shift, shift], for each axis apart; 1 is half the reference image.
         jitter: f has a factor that is log-uniform in [1 / jitter, jitter], for each axis apart.
-        rescale: f has a factor that is log-uniform in [1 / rescale, rescale], for both axes together.
+        rescale: f has a factor that is log-uniform in [1 / rescale, rescale], for all axes together.
 
     Returns:
-        y and x anew.
+        The axes anew.
     """
-    draw = torch.rand(5, dtype=y.dtype, device=y.device) * 2. - 1.
-    offset = 0.5 * shift * draw[:2] * side
-    factor = (math.log(jitter) * draw[2:4] + math.log(rescale) * draw[4:]).exp()
-    return _move(y, offset[1], factor[1]), _move(x, offset[0], factor[0])
+    dims = len(axes)
+    draw = torch.rand(2 * dims + 1, dtype=axes[0].dtype, device=axes[0].device) * 2. - 1.
+    offset = 0.5 * shift * draw[:dims] * side
+    factor = (math.log(jitter) * draw[dims:2 * dims] + math.log(rescale) * draw[2 * dims:]).exp()
+    return [_move(axes[i], offset[dims - 1 - i], factor[dims - 1 - i]) for i in range(dims)]
 
 
 def _move(axis: Tensor, offset: Tensor, factor: Tensor) -> Tensor:

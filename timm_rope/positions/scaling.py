@@ -1,6 +1,7 @@
 """What happens on grids larger than the reference grid: rules for coordinates, frequencies and attention scores.
 
 Along each axis s = max(size / reference size, 1) is how much the grid has grown; where it has not, nothing changes.
+(In the coordinates of DINOv3 and EVA s is below 1 on smaller grids, see `own_rule`.)
 With a coordinate p, a frequency w and r the turns that w makes over the reference grid:
 
     extrapolate   w p          the step between two patches is that of training, the range grows
@@ -23,14 +24,16 @@ The paper of YaRN also makes attention sharper, its logits times (0.1 ln s + 1)^
 lengths. Here `log_n_scale` does that, for every rule and only if asked for: on 28 x 28 patches after 14 x 14 it is
 1.26, YaRN's factor 1.30.
 
-Frequencies have x first: (2, L, H, G). Everything is computed in the widest dtype there is.
+Frequencies have x first: (2, L, H, G), and of D axes (D, L, H, G). Everything is computed in the widest dtype there is.
 """
 import math
+from typing import List
 
 import torch
 from torch import Tensor
 
 from .._precision import widest
+from .coordinates import unit
 
 RULES = ('extrapolate', 'interpolate', 'ntk', 'yarn')
 
@@ -41,22 +44,32 @@ RULES = ('extrapolate', 'interpolate', 'ntk', 'yarn')
 ALPHA, BETA = 0.5, 2.0
 
 
-def growth(height: int, width: int, reference_grid: Tensor, like: Tensor) -> Tensor:
-    """How much a grid has grown along x and y, (2,): at least 1.
+def own_rule(coords: str) -> str:
+    """The rule that models with these coordinates are trained with, where no other is asked for.
+
+    DINOv3 and EVA bring every grid to the size of the reference grid, smaller ones too: there s may be below 1, in all
+    rules, and 'extrapolate' is the one that they were not made for.
+    """
+    return 'interpolate' if coords == 'eva' or coords.startswith('dinov3') else 'extrapolate'
+
+
+def growth(grid: List[int], reference_grid: Tensor, like: Tensor, coords: str = 'index') -> Tensor:
+    """How much a grid has grown along x, y, ..., (D,): at least 1, but see `own_rule`.
 
     Args:
-        height: Rows of the grid.
-        width: Columns of the grid.
-        reference_grid: Tensor (2,), rows and columns of the reference grid.
+        grid: D sizes of the grid, (rows, columns) of an image.
+        reference_grid: Tensor (D,), those of the reference grid.
         like: Tensor whose dtype the result has at least.
+        coords: Convention of the coordinates.
     """
     reference = widest(reference_grid.to(like.dtype)).round()
     # a number divided by a tensor is rounded twice, and 49 / 49 is not 1
-    size = torch.stack((torch.full_like(reference[1], width), torch.full_like(reference[0], height)))
-    return (size / reference.flip(0)).clamp(min=1.)
+    size = torch.stack([torch.full_like(reference[i], grid[i]) for i in range(len(grid))])
+    s = (unit(size, coords) / unit(reference, coords)).flip(0)
+    return s if own_rule(coords) == 'interpolate' else s.clamp(min=1.)
 
 
-def interpolate(axis: Tensor, s: Tensor, coords: str) -> Tensor:
+def interpolate(axis: Tensor, s: Tensor, coords: str, offset: float = 0.) -> Tensor:
     """Coordinates of a grid that has grown by `s`, squeezed to where their patches are on the reference grid.
 
     Args:
@@ -64,9 +77,10 @@ def interpolate(axis: Tensor, s: Tensor, coords: str) -> Tensor:
         s: Growth along that axis.
         coords: Convention of the coordinates. Index coordinates have their origin in the middle of the first patch,
             half a patch from the border that stays where it is: patch i is at (i + 1/2) / s - 1/2.
+        offset: That of the coordinates; index coordinates keep it, so that the border stays as far from prefix tokens.
     """
     if coords == 'index':
-        return (axis + 0.5) / s - 0.5
+        return (axis - offset + 0.5) / s - 0.5 + offset
     return axis / s
 
 
@@ -91,7 +105,7 @@ def ntk(freqs: Tensor, s: Tensor, apart: bool) -> Tensor:
     lowest = torch.where(length > 0, length, highest).amin(dim=-1, keepdim=True)
     reach = _log(highest) - _log(lowest)
     exponent = ((_log(highest) - _log(length)) / torch.where(reach > 0, reach, 1.)).clamp(0., 1.)
-    return freqs * s.reshape(2, 1, 1, 1) ** -exponent
+    return freqs * s.reshape(-1, 1, 1, 1) ** -exponent
 
 
 def _log(length: Tensor) -> Tensor:
@@ -109,9 +123,9 @@ def yarn(freqs: Tensor, s: Tensor, side: Tensor, apart: bool, alpha: float = ALP
         alpha: Turns over the reference grid.
         beta: Turns over the reference grid, more than `alpha`.
     """
-    turns = lengths(freqs * side.reshape(2, 1, 1, 1), apart) / (2 * math.pi)
+    turns = lengths(freqs * side.reshape(-1, 1, 1, 1), apart) / (2 * math.pi)
     ramp = ((turns - alpha) / (beta - alpha)).clamp(0., 1.)
-    return freqs * (1. - (1. - ramp) * (1. - 1. / s.reshape(2, 1, 1, 1)))
+    return freqs * (1. - (1. - ramp) * (1. - 1. / s.reshape(-1, 1, 1, 1)))
 
 
 @torch.fx.wrap

@@ -1,4 +1,6 @@
 """Triplets of channels turn about two axes of space in sequence, one for each axis of the image."""
+from typing import List
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,11 @@ class AxesRotation(BlockRotation):
     Here `freqs` holds the axes of rotation, as long as their frequency: (2, L, H, G, 3). Payload as `BlockRotation`:
     the G matrices, row-major.
 
+    Of one and of three axes there are as many factors. Frequencies (3, L, H, G) turn about the axes of space: x about
+    the third, as the yaw of `TripletRotation`, y about the first, as its roll, and z about the second.
+
     Args:
-        order: Which axis of the image acts first. 'yx': y, as written above; 'xy': x.
+        order: In which order the axes of the image act. 'yx': y first, as written above; 'xy': x.
     """
 
     def __init__(self, head_dim: int, order: str = 'yx') -> None:
@@ -27,8 +32,22 @@ class AxesRotation(BlockRotation):
     def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
         return axes_table(freqs, y, x, self.order)
 
+    def table_nd(self, freqs: Tensor, axes: List[Tensor]) -> Tensor:
+        freqs = about_space(freqs) if freqs.ndim == 4 else freqs
+        turns = [_quaternions(axes[-1 - i], freqs[i]) for i in map('xyz'.index, self.order)]
+        turn = turns[0]
+        for following in turns[1:]:
+            turn = _product(following, turn)
+        return _matrices(turn).flatten(-2).flatten(2, -2)
+
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, order={self.order}'
+
+
+def about_space(freqs: Tensor) -> Tensor:
+    """Frequencies (D, L, H, G) as axes of rotation (D, L, H, G, 3): of x the third axis of space, first, second."""
+    units = torch.eye(3, dtype=freqs.dtype, device=freqs.device).roll(1, 0)[:len(freqs)]
+    return freqs.unsqueeze(-1) * units[:, None, None, None]
 
 
 def axes_table(freqs: Tensor, y: Tensor, x: Tensor, order: str) -> Tensor:
@@ -38,11 +57,13 @@ def axes_table(freqs: Tensor, y: Tensor, x: Tensor, order: str) -> Tensor:
 
 
 def _quaternions(position: Tensor, axes: Tensor) -> Tensor:
-    """Unit quaternions of turns about axes (L, H, G, 3) at positions (r, c): (L, H, r, c, G, 4), real part first."""
+    """Unit quaternions of turns about axes (L, H, G, 3) at positions (...): (L, H, ..., G, 4), real part first."""
     wide = widest(axes)
     length = wide.square().sum(-1).clamp_min(1e-20).sqrt()  # the clamp keeps the derivative finite at 0
     cos, sin = cos_sin(position, 0.5 * length)
-    direction = (wide / length.unsqueeze(-1)).unsqueeze(2).unsqueeze(2)
+    direction = wide / length.unsqueeze(-1)
+    for _ in range(position.ndim):
+        direction = direction.unsqueeze(2)
     return torch.cat((cos.unsqueeze(-1), sin.unsqueeze(-1) * direction), dim=-1).to(axes.dtype)
 
 

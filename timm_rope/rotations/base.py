@@ -1,4 +1,6 @@
 """What every rotation of groups of channels states: how payloads are made, and how they are applied."""
+from typing import List
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,23 @@ class Rotation(nn.Module):
             (L, H, N, W) in the dtype of `freqs`, N = rows * columns, row-major.
         """
         raise NotImplementedError
+
+    def table_nd(self, freqs: Tensor, axes: List[Tensor]) -> Tensor:
+        """`table` in one or three dimensions, which TorchScript does not know.
+
+        Args:
+            freqs: (D, L, H, G), radians per unit of coordinate, x first.
+            axes: Coordinates along each axis, x last: D tensors of D dimensions that broadcast to the grid, or those of
+                points, (N,) each.
+
+        Returns:
+            (L, H, N, W) in the dtype of `freqs`, positions row-major.
+        """
+        if len(axes) != 1:
+            raise NotImplementedError(f'{type(self).__name__} turns by one or two coordinates.')
+        x = axes[0]  # a sequence is an image of one row that nothing turns by; its tokens are points if they learn
+        y, x = (torch.zeros_like(x), x.unsqueeze(1)) if x.requires_grad else (torch.zeros_like(x[:1]), x)
+        return self.table(torch.cat((freqs, torch.zeros_like(freqs))), y, x)
 
     def forward(self, x: Tensor, payload: Tensor) -> Tensor:
         """Rotate queries or keys; computed in the payload's precision, returned in that of `x`, nothing is mutated.

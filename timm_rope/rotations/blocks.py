@@ -1,11 +1,13 @@
 """Blocks of channels turn by the exponential of a skew-symmetric matrix, which `exponential.py` makes."""
+from typing import List
+
 import torch
 from torch import Tensor
 
 from .._precision import without_autocast
 from .._tracing import recording
 from .base import Rotation, with_rest
-from .exponential import block_table
+from .exponential import block_table, block_table_nd
 
 torch.fx.wrap('block_table')  # in every module that calls it: FX looks the name up there
 
@@ -24,6 +26,10 @@ class BlockRotation(Rotation):
 
     def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
         return block_table(freqs, y, x, self.size)
+
+    def table_nd(self, freqs: Tensor, axes: List[Tensor]) -> Tensor:
+        # one axis has the fast way of two
+        return super().table_nd(freqs, axes) if len(axes) == 1 else block_table_nd(freqs, axes, self.size)
 
     def forward(self, x: Tensor, payload: Tensor) -> Tensor:
         return turn_blocks(x, payload, self.groups, self.size)

@@ -5,7 +5,7 @@ Blocks of 2, 3 and 4 have closed forms. Larger ones are made all at once by `gri
 as an operator. Where a graph is recorded for another runtime, or a transform of torch.func or forward-mode AD looks on,
 a plain formula runs instead.
 """
-from typing import Tuple
+from typing import List, Tuple
 
 import torch
 from torch import Tensor
@@ -49,13 +49,34 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
         return _plain_table(freqs, y, x, size)
 
 
+def block_table_nd(freqs: Tensor, axes: List[Tensor], size: int) -> Tensor:
+    """exp(x A_x + y A_y + z A_z): `block_table` for any number of axes, by a general exponential in float64.
+
+    Args:
+        freqs: (D, L, H, G, b (b - 1) / 2), x first.
+        axes: As `Rotation.table_nd`.
+        size: b.
+    """
+    with without_autocast(freqs):
+        if torch.is_grad_enabled() or freqs.shape[1] == 1:
+            return _exponentials(freqs, axes, size)
+        return torch.cat([_exponentials(layer, axes, size) for layer in freqs.split(1, dim=1)])  # it needs much room
+
+
 def _plain_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+    return _exponentials(freqs, [y.unsqueeze(1), by_rows(x)], size)
+
+
+def _exponentials(freqs: Tensor, axes: List[Tensor], size: int) -> Tensor:
     # the error of an exponential grows with its norm, over 100 rad at 64x64 patches: 3e-5 in float32 at block 8
     wide = freqs if freqs.device.type == 'mps' else freqs.double()
-    along_x = by_rows(x).to(wide.dtype).unsqueeze(-1).unsqueeze(-1) * wide[0].unsqueeze(2).unsqueeze(2)
-    along_y = y.to(wide.dtype).reshape(-1, 1, 1, 1) * wide[1].unsqueeze(2).unsqueeze(2)
-    triangle = (along_x + along_y).flatten(2, 3)  # (L, H, N, G, b (b - 1) / 2)
-    return skew_exp(triangle, size, freqs.dtype).flatten(-3)
+    for _ in range(axes[0].ndim):
+        wide = wide.unsqueeze(3)
+    triangle = axes[-1].to(wide.dtype).unsqueeze(-1).unsqueeze(-1) * wide[0]
+    for i in range(1, len(axes)):
+        triangle = triangle + axes[-1 - i].to(wide.dtype).unsqueeze(-1).unsqueeze(-1) * wide[i]
+    # (L, H, N, G, b (b - 1) / 2) -> (L, H, N, G b b)
+    return skew_exp(triangle.flatten(2, -3), size, freqs.dtype).flatten(-3)
 
 
 def _has_values(freqs: Tensor, y: Tensor, x: Tensor) -> bool:

@@ -1,4 +1,6 @@
 """Pairs of channels turn by one angle: a plane rotation, as in RoPE for text."""
+from typing import List
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,9 @@ class PairRotation(Rotation):
     def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
         return pair_table(freqs, y, x)
 
+    def table_nd(self, freqs: Tensor, axes: List[Tensor]) -> Tensor:
+        return _turns(freqs, axes)
+
     def forward(self, x: Tensor, payload: Tensor) -> Tensor:
         cos, sin = payload[..., 0::2], payload[..., 1::2]
         a, b = x[..., 0:self.rotated:2], x[..., 1:self.rotated:2]
@@ -28,7 +33,12 @@ class PairRotation(Rotation):
 
 @torch.fx.wrap
 def pair_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    cos_x, sin_x = cos_sin(by_rows(x), freqs[0])  # (L, H, rows or 1, columns, G)
-    cos_y, sin_y = cos_sin(y.unsqueeze(1), freqs[1])  # (L, H, rows, 1, G)
-    turns = torch.stack((cos_y * cos_x - sin_y * sin_x, sin_y * cos_x + cos_y * sin_x), dim=-1)
-    return turns.flatten(-2).flatten(2, 3)
+    return _turns(freqs, [y.unsqueeze(1), by_rows(x)])
+
+
+def _turns(freqs: Tensor, axes: List[Tensor]) -> Tensor:
+    cos, sin = cos_sin(axes[-1], freqs[0])  # (L, H, 1 or rows, columns, G)
+    for i in range(1, len(axes)):
+        of_cos, of_sin = cos_sin(axes[-1 - i], freqs[i])  # (L, H, rows, 1, G)
+        cos, sin = of_cos * cos - of_sin * sin, of_sin * cos + of_cos * sin
+    return torch.stack((cos, sin), dim=-1).flatten(-2).flatten(2, -2)

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor
 
-from ..positions.coordinates import read_grid, square_grid
+from ..positions.coordinates import Grid, read_grid, square_grid
 from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise, signature
 from .mismatches import other_encoding, refuse_mismatches, refuse_other_structure, warm_start_hint
 from .warm_start import take_over
@@ -164,7 +164,7 @@ def _resize_pos_embed(model: Any, state_dict: Dict[str, Any], prefix: str, alone
     state_dict[grid_key] = torch.tensor(target, dtype=torch.float32, device='cpu')
 
 
-def _pos_embed_grid(saved: Any, reference: Any, tokens: int) -> Optional[Tuple[int, int]]:
+def _pos_embed_grid(saved: Any, reference: Any, tokens: int) -> Optional[Grid]:
     """Grid of an embedding: as saved with it, else the reference grid if it fits, else square."""
     for value in (saved, reference):
         if isinstance(value, Tensor) and not value.is_meta:

@@ -4,7 +4,7 @@ from typing import Any, Dict, Optional, Tuple
 from torch import Tensor
 
 from ...encodings._signature import parse_signature, read_signature
-from ...positions.coordinates import read_grid, square_grid
+from ...positions.coordinates import Grid, read_grid, square_grid
 from ...weights.layouts import NaverVit, TimmEva, Weights, is_trained
 from ...weights.layouts.base import count_blocks
 
@@ -127,6 +127,6 @@ def positions(
     return out
 
 
-def _saved_grid(weights: Weights, key: str) -> Optional[Tuple[int, int]]:
+def _saved_grid(weights: Weights, key: str) -> Optional[Grid]:
     grid = weights.tensors.get(key)
     return None if grid is None else read_grid(grid, key)
