@@ -89,7 +89,7 @@ def test_a_grid_is_the_special_case(name, options, dtype):
     rope = make(name, dtype=dtype, **options)
     exact = has_equal_bits(rope)
     for grid, extent in (((5, 7), None), ((5, 7), (5, 7)), ((3, 9), (3, 9)), ((1, 1), (1, 1))):
-        of_grid, of_points = rope(grid, 2), rope.at(patches(*grid), 2, extent)
+        of_grid, of_points = rope(grid, 2), rope.at(patches(*grid).to(dtype), 2, extent)
         assert len(of_points) == 2
         for a, b in zip(of_grid, of_points):
             assert a.shape == b.shape and a.dtype == b.dtype
@@ -120,6 +120,35 @@ def test_numbers_of_any_kind(dtype):
     assert moved.abs().max() > 1e-11, 'float64 coordinates are not rounded to float32'
 
 
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8])
+@pytest.mark.parametrize('name', NAMES)
+def test_patches_are_looked_up(name, dtype, monkeypatch):
+    rope = make(name)
+    at = torch.stack([torch.randint(0, side, (3, 30)) for side in (9, 40)], dim=-1)
+    made, table = [], rope.rotation.table
+
+    def counted(freqs, y, x):
+        made.append(len(y) * x.shape[-1])
+        return table(freqs, y, x)
+
+    monkeypatch.setattr(rope.rotation, 'table', counted)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            expected = rope.at(at.float(), 1, (9, 40))
+            for coordinates in (at, at[0]):
+                made.clear()
+                got, again = (rope.at(coordinates.to(dtype), 1, (9, 40)) for _ in range(2))
+                if coordinates.ndim == 3 and not (grad and rope.learned):
+                    assert sum(made) in (0, 1 + 9 * 40), 'once for all calls'
+                else:  # 30 patches are not worth a grid of 360, nor 90 if it is not kept
+                    assert max(made) < 100
+                for a, b, c in zip(got, again, expected):
+                    c = c if coordinates.ndim == 3 else c[0]
+                    assert a.shape == c.shape and torch.equal(a, b) and torch.allclose(a, c, rtol=0, atol=5e-6)
+    far = torch.tensor([[-1, 3], [4, 90]]).repeat(200, 1)
+    assert torch.allclose(rope.at(far, 0, (9, 40))[0], rope.at(far.float(), 0, (9, 40))[0], rtol=0, atol=5e-6)
+
+
 # -- properties
 
 @pytest.mark.parametrize('name', [name for name in NAMES if ENCODINGS[name].relative == 'xy'])
@@ -147,7 +176,7 @@ def test_spherical_is_relative_along_the_axis_that_acts_last(order, last):
 def test_rules_are_those_of_a_grid_of_that_extent(name, rule):
     rope, plain = make(name, head_dim=16, scaling=rule), make(name, head_dim=16)
     for extent in ((12, 7), (12, 20), (3, 3)):
-        for a, b in zip(rope(extent, 1), rope.at(patches(*extent), 1, extent)):
+        for a, b in zip(rope(extent, 1), rope.at(patches(*extent).float(), 1, extent)):
             assert torch.allclose(a, b, rtol=0, atol=0 if has_equal_bits(rope) else 3e-7)
     assert torch.equal(rope.at(points(5))[0], plain.at(points(5))[0]), 'no rule up to the reference grid'
     assert not torch.equal(rope.at(points(5), 0, (12, 20))[0], plain.at(points(5), 0, (12, 20))[0])
@@ -158,7 +187,7 @@ def test_rules_are_those_of_a_grid_of_that_extent(name, rule):
 def test_random_coordinates_are_those_of_a_grid(name, options):
     rope = make(name, shift=0.3, jitter=1.2, rescale=2., **options).train()
     got = []
-    for call in (lambda: rope((6, 8), 1), lambda: rope.at(patches(6, 8), 1, (6, 8))):
+    for call in (lambda: rope((6, 8), 1), lambda: rope.at(patches(6, 8).float(), 1, (6, 8))):
         torch.manual_seed(5)
         got.append(call()[1])
     assert torch.allclose(*got, rtol=0, atol=0 if has_equal_bits(rope) else 3e-7)
@@ -260,6 +289,25 @@ def test_compiled(name, of_coordinates):
             weights = [torch.randn_like(p) for p in plain]
             for a, b in zip(*(torch.autograd.grad(p, wanted, weights) for p in (ours, plain))):
                 assert torch.allclose(a, b, atol=2e-5 * b.abs().max().item())
+
+
+class Points(torch.nn.Module):
+    def __init__(self, rope, extent):
+        super().__init__()
+        self.rope, self.extent = rope, extent
+
+    def forward(self, coordinates):
+        return self.rope.at(coordinates, 1, self.extent)[1]
+
+
+@pytest.mark.parametrize('extent', [None, (9, 8)])
+@pytest.mark.parametrize('name', NAMES)
+@torch.no_grad()
+def test_traced_by_fx(name, extent):
+    model = Points(make(name, scaling='interpolate'), extent)
+    traced = torch.fx.symbolic_trace(model)
+    for at in (points(6), points(3, 6)):
+        assert torch.allclose(traced(at), model(at), rtol=0, atol=1e-6)
 
 
 def test_another_number_of_images_is_refused():

@@ -10,13 +10,16 @@ from ..positions.coordinates import grid_axes, point_axes, read_grid, reference_
 from ..positions.scaling import growth, interpolate, rescale
 from ..rotations import Rotation
 from ._cache import KeepsPayloads
-from ._payloads import per_block
+from ._payloads import per_block, take_rows
 from ._state import SavedState
 from ._usage import HasUsage
 
 # FX keeps these as single nodes; it looks for them by name in the module that calls them, so not only where they stand
-for _name in ('augment', 'grid_axes', 'growth', 'per_block', 'reference_side', 'rescale'):
+for _name in ('augment', 'by_image', 'grid_axes', 'growth', 'per_block', 'point_axes', 'reference_side', 'rescale'):
     torch.fx.wrap(_name)
+
+
+PER_POINT = 8  # patches of a grid that are worth making for each point that is one, if they are cached
 
 
 class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
@@ -43,7 +46,8 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
         Coordinates are those of a grid of `extent` patches: (2, 5) is the middle of the patch in row 2 and column 5,
         (-0.5, -0.5) the upper left corner of the image, and there may be points beyond it. All patches of a grid, with
         the grid as `extent`, have the payloads of that grid: equal bits, except in blocks of LieRE above 4, where they
-        agree to rounding. Nothing is cached. Gradients reach the frequencies and the coordinates.
+        agree to rounding. Integers that are patches of `extent` are looked up in its payloads, which are cached where
+        they need no gradient; nothing else is cached. Gradients reach the frequencies and the coordinates.
 
         The rule for larger grids, the middle of the image and random coordinates in training go by `extent`, too.
 
@@ -60,18 +64,40 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
             ValueError: They are of another shape or device, or not finite (only seen in eager mode), or `extent` is not
                 two positive integers.
         """
-        check_coordinates(coordinates, self.freqs.device)
+        traced = isinstance(coordinates, torch.fx.Proxy)
+        if not traced:
+            check_coordinates(coordinates, self.freqs.device)
         if extent is not None and not torch.compiler.is_compiling():
             extent = to_grid(extent, 'extent')
-        if self._undecided and not recording():
+        if self._undecided and not recording() and not traced:
             self._settle(extent)
+        if self._are_patches(coordinates, extent):
+            rows, columns = extent or read_grid(self.reference_grid, 'reference_grid')
+            places = coordinates[..., 0].long() * columns + coordinates[..., 1].long()
+            ahead = torch.arange(num_prefix_tokens, device=places.device).expand(*places.shape[:-1], -1)
+            places = torch.cat((ahead, places + num_prefix_tokens), dim=-1)
+            tables = self((rows, columns), num_prefix_tokens)
+            if tables[0] is tables[-1]:
+                return [take_rows(tables[0], places)] * self.depth
+            return [take_rows(table, places) for table in tables]
         axes = point_axes(
             coordinates, extent, self.reference_grid, self.freqs, self.coords, self.span, self.centered)
         identity, table = self._tables(axes[0], axes[1], extent)
-        table = table[:, :, 1:-1]  # without the ends of the grid
-        if coordinates.ndim == 3:
-            identity, table = identity.unsqueeze(1), table.unflatten(2, coordinates.shape[:2]).transpose(1, 2)
-        return per_block(identity, table, num_prefix_tokens, self.depth)
+        parts = by_image(identity, table[:, :, 1:-1], coordinates)  # without the ends of the grid
+        return per_block(parts[0], parts[1], num_prefix_tokens, self.depth)
+
+    def _are_patches(self, coordinates: Tensor, extent: Optional[Tuple[int, int]]) -> bool:
+        """Whether points are patches of their grid, and enough of them to make its payloads for."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not plain(coordinates, self.reference_grid):
+            return False
+        if coordinates.is_floating_point() or (self._augmented and self.training):
+            return False
+        rows, columns = extent or read_grid(self.reference_grid, 'reference_grid')
+        kept = not (torch.is_grad_enabled() and self.freqs.requires_grad)
+        if rows * columns > coordinates.numel() // 2 * (PER_POINT if kept else 1):
+            return False
+        last = torch.tensor([rows - 1, columns - 1], device=coordinates.device)
+        return bool(((coordinates >= 0) & (coordinates <= last)).all())
 
     def _settle(self, extent: Optional[Tuple[int, int]]) -> None:
         """In a training step, decide the grid that the coordinates are in units of."""
@@ -102,6 +128,13 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
         origin = torch.zeros_like(y[:1])
         dtype = self.freqs.dtype  # frequencies may be wider
         return self.rotation.table(freqs, origin, origin).to(dtype), self.rotation.table(freqs, y, x).to(dtype)
+
+
+def by_image(identity: Tensor, table: Tensor, coordinates: Tensor) -> Tuple[Tensor, Tensor]:
+    """Payloads (L, H, 1, W) and (L, H, points, W); of points of each image (L, 1, H, 1, W) and (L, B, H, N, W)."""
+    if coordinates.ndim == 3:
+        return identity.unsqueeze(1), table.unflatten(2, coordinates.shape[:2]).transpose(1, 2)
+    return identity, table
 
 
 def check_coordinates(coordinates: Tensor, device: torch.device) -> None:

@@ -20,7 +20,8 @@ from timm.models.naflexvit import create_attention_mask, global_pool_naflex
 from torch import Tensor, nn
 
 from .._checks import check_flag
-from ..encodings._many import Places, one_after_another, take_rows
+from ..encodings._many import Places, one_after_another
+from ..encodings._payloads import take_rows
 from .patch_batch import PatchBatch, choose_patches, gather, read_shapes
 from .vit import RopeVisionTransformer
 
