@@ -16,11 +16,13 @@ from .spiral import SpiralDeit
 from .timm_swin import OurSwin, TimmSwin
 from .timm_vit import Ours as Ours
 from .timm_vit import TimmVit as TimmVit
+from .vit5 import ViT5
 
 _logger = logging.getLogger(__name__)
 
 LAYOUTS: List[Layout] = [
-    Ours(), TimmEva(), NaverVit(), NaverSwin(), OurSwin(), TimmSwin(), SpiralDeit(), LieREVit(), TimmVit()]
+    Ours(), TimmEva(), NaverVit(), NaverSwin(), OurSwin(), TimmSwin(), SpiralDeit(), ViT5(), LieREVit(),
+    TimmVit()]
 
 
 def find_layout(tensors: Dict[str, Any]) -> Optional[Layout]:
