@@ -102,7 +102,7 @@ def test_every_encoding_explains_itself(name):
 # -- sizes: the package grows by files and rooms, not by floors
 
 ROOM = dict(
-    _timm=480, analysis=800, positions=400, rotations=1100, encodings=2600, models=1920, kernels=1900, weights=2200,
+    _timm=480, analysis=800, positions=400, rotations=1100, encodings=2600, models=1940, kernels=1900, weights=2440,
     cli=3700)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 
@@ -129,5 +129,5 @@ def test_no_room_is_crowded():
     for name, bound in ROOM.items():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
-    assert core <= 5900, f'{", ".join(CORE)} have {core} lines together, the bound is 5900'
-    assert lines_of(*FILES) <= 15400, f'the package has {lines_of(*FILES)} lines, the bound is 15400'
+    assert core <= 5940, f'{", ".join(CORE)} have {core} lines together, the bound is 5940'
+    assert lines_of(*FILES) <= 15680, f'the package has {lines_of(*FILES)} lines, the bound is 15680'

@@ -28,6 +28,7 @@ class Weights:
         model_args: Constructor arguments that differ from those of our models of the same size.
         ask: Constructor argument that must be chosen -> why the checkpoint leaves it open.
         left_out: Key of the checkpoint -> why no model needs it.
+        timm_model: Name and arguments of timm's model of the same function, where it was named.
     """
     layout: str
     tensors: Dict[str, Tensor]
@@ -35,6 +36,7 @@ class Weights:
     model_args: Dict[str, Any] = field(default_factory=dict)
     ask: Dict[str, str] = field(default_factory=dict)
     left_out: Dict[str, str] = field(default_factory=dict)
+    timm_model: Optional[Tuple[str, Dict[str, Any]]] = None
 
 
 class Layout:
