@@ -194,11 +194,11 @@ class RopeNaFlexVit(RopeVisionTransformer):
             compiled: Whether the blocks are compiled, for which all batches should look alike.
         """
         prefix = self.num_prefix_tokens
-        grids, counts, whole = read_shapes(coord, valid)
+        grids, counts, alike, whole = read_shapes(coord, valid)
         keep = None
         if self.drop_patches and self.training:
             keep, valid, counts = choose_patches(coord, valid, counts, self.patch_drop.prob)
-            coord, whole = gather(coord, keep), False
+            coord, alike, whole = gather(coord, keep), False, False
         mask = None
         if valid is not None and (compiled or min(counts) < coord.shape[1]):
             mask = torch.cat((valid.new_ones(len(valid), prefix), valid), dim=1)[:, None, None]
@@ -212,7 +212,8 @@ class RopeNaFlexVit(RopeVisionTransformer):
             if valid is not None:
                 rows = rows.masked_fill(~valid, 0)  # any row will do: nobody looks at padding
             ahead = torch.arange(prefix, device=coord.device).expand(len(rows), -1)
-            return OneByOne(tables, torch.cat((ahead, rows), dim=1))
+            rows = torch.cat((ahead, rows), dim=1)
+            return OneByOne(tables, rows[0] if alike and not compiled else rows)
 
         payloads: Sequence[Tensor] = []
         pos_embed = score_scale = None
