@@ -129,5 +129,5 @@ def test_no_room_is_crowded():
     for name, bound in ROOM.items():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
-    assert core <= 6220, f'{", ".join(CORE)} have {core} lines together, the bound is 6220'
-    assert lines_of(*FILES) <= 15460, f'the package has {lines_of(*FILES)} lines, the bound is 15460'
+    assert core <= 6250, f'{", ".join(CORE)} have {core} lines together, the bound is 6250'
+    assert lines_of(*FILES) <= 15480, f'the package has {lines_of(*FILES)} lines, the bound is 15480'
