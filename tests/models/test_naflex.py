@@ -367,7 +367,9 @@ def test_scripted_and_traced_it_is_the_plain_model():
     x = torch.randn(2, 3, 32, 48)
     assert torch.allclose(torch.jit.script(naflex)(x), plain(x), atol=1e-5)
     assert torch.allclose(torch.export.export(naflex, (x,)).module()(x), plain(x), atol=1e-5)
-    assert torch.allclose(torch.fx.symbolic_trace(naflex)(x), plain(x), atol=1e-5)
+    traced = torch.fx.symbolic_trace(naflex)
+    assert torch.allclose(traced(x), plain(x), atol=1e-5)
+    assert torch.allclose(torch.jit.script(traced)(x), plain(x), atol=1e-5)
     assert type(naflex) is RopeNaFlexVit
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .._checks import check_flag
 from ..encodings._many import Places, one_after_another
 from ..encodings._payloads import take_rows
+from ..weights.fit_vit import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
 from .patch_batch import PatchBatch, choose_patches, gather, read_shapes
 from .vit import RopeVisionTransformer
 
@@ -81,8 +82,12 @@ class RopeNaFlexVit(RopeVisionTransformer):
     # -- forward
 
     def forward(  # type: ignore[override]
-            self, x: Any, attn_mask: Optional[Tensor] = None, is_causal: bool = False,
-            patch_coord: Optional[Tensor] = None, patch_valid: Optional[Tensor] = None,
+            self,
+            x,  # not annotated, since FX would hand the annotation on to TorchScript
+            attn_mask: Optional[Tensor] = None,
+            is_causal: bool = False,
+            patch_coord: Optional[Tensor] = None,
+            patch_valid: Optional[Tensor] = None,
     ) -> Tensor:
         """Images (B, C, H, W), a dictionary of patches, or patches with `patch_coord` -> logits."""
         return self.forward_head(self.forward_features(x, attn_mask, is_causal, patch_coord, patch_valid))
