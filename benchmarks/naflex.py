@@ -113,7 +113,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         for mode in args.mode:
             rows.append(measure(name, mode, args))
             figures = '  '.join(f'{kind} {rows[-1][kind]:.2f}' for kind in KINDS)
-            print(f'{name:<36}{mode:<6}{rows[-1]["milliseconds"]:8.0f} ms  {figures}', flush=True)
+            print(f'{name:<42}{mode:<6}{rows[-1]["milliseconds"]:8.0f} ms  {figures}', flush=True)
             if args.json:
                 settings = dict(batch=args.batch, depth=args.depth, rounds=args.rounds)
                 finished = len(rows) == len(args.names) * len(args.mode)

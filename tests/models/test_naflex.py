@@ -48,6 +48,23 @@ def test_an_image_gives_what_it_gives_alone(encoding, ape):
         assert torch.allclose(naflex(x), plain(square), atol=1e-5)
 
 
+@pytest.mark.parametrize('name', NAMES)
+def test_images_of_one_shape_share_their_payload(name, monkeypatch):
+    """So that one image, or a batch sorted by shape, turns as fast as in the plain model."""
+    plain, naflex = pair(name, global_pool='avg')
+    seen, attend = [], naflex.blocks[0].attn.forward
+    monkeypatch.setattr(naflex.blocks[0].attn, 'forward', lambda *args: seen.append(args[3]) or attend(*args))
+    images = images_of([(3, 7)] * 2)
+    cut = {key: value[:, :20] for key, value in batch_of(images).items() if key != 'seq_len'}  # as a loader cuts them
+    behind = {key: value.roll(1, dims=1) for key, value in batch_of(images).items() if key != 'seq_len'}
+    for batch, axes in ((batch_of(images, 21), 3), (batch_of(images), 3), (batch_of(images[:1], 30), 3), (behind, 4)):
+        seen.clear()
+        assert torch.allclose(naflex(batch), alone(plain, images)[:len(batch['patches'])], atol=1e-5)
+        assert seen[0] is None or seen[0].ndim == axes
+    assert torch.allclose(naflex(cut), naflex({**behind, 'patch_valid': behind['patch_valid'] & (
+        torch.arange(22) < 21)}), atol=1e-5)
+
+
 @pytest.mark.parametrize('kwargs', [
     dict(global_pool='avg'), dict(global_pool='avgmax', reg_tokens=2), dict(global_pool='max', class_token=False),
     dict(global_pool='map'), dict(global_pool='map', pool_include_prefix=True),
@@ -350,7 +367,9 @@ def test_scripted_and_traced_it_is_the_plain_model():
     x = torch.randn(2, 3, 32, 48)
     assert torch.allclose(torch.jit.script(naflex)(x), plain(x), atol=1e-5)
     assert torch.allclose(torch.export.export(naflex, (x,)).module()(x), plain(x), atol=1e-5)
-    assert torch.allclose(torch.fx.symbolic_trace(naflex)(x), plain(x), atol=1e-5)
+    traced = torch.fx.symbolic_trace(naflex)
+    assert torch.allclose(traced(x), plain(x), atol=1e-5)
+    assert torch.allclose(torch.jit.script(traced)(x), plain(x), atol=1e-5)
     assert type(naflex) is RopeNaFlexVit
 
 

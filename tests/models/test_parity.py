@@ -3,6 +3,8 @@ large): with the 1e-4 of an untrained model a broken rotation is invisible."""
 import pytest
 import timm
 import torch
+from naflex_batch import batch_of, images_of
+from timm.models import naflexvit
 
 from timm_rope.weights.fit_vit import checkpoint_filter_fn
 
@@ -67,6 +69,25 @@ def test_in_tree_port(ours, theirs):
             {k: v for k, v in model.state_dict().items() if not k.startswith(('rope.', 'pos_embed'))})
         x = torch.randn(1, 3, 224, 224)
         assert (no_rotation(x) - model(x)).abs().max() > 1e-2, 'a missing rotation would have been seen'
+
+
+@pytest.mark.parametrize('ours,theirs', [
+    ('vit_small_rope_axial', 'vit_small_patch16_rope_224'),
+    ('vit_small_rope_mixed', 'vit_small_patch16_rope_mixed_224'),
+])
+@torch.no_grad()
+def test_in_tree_naflex(ours, theirs):
+    """timm's own NaFlexVit on images of several shapes in one batch, for the encodings that it has."""
+    torch.manual_seed(0)
+    kwargs = dict(embed_dim=96, depth=3, num_heads=2, num_classes=5)
+    plain = loud(timm.create_model(theirs, **kwargs))
+    reference = timm.create_model(theirs, use_naflex=True, **kwargs).eval()
+    reference.load_state_dict(naflexvit.checkpoint_filter_fn(plain.state_dict(), reference))
+    batch = batch_of(images_of([(4, 6), (9, 3), (5, 5)], 16), 30, 16, fill=0.)
+    batch['patch_coord'][~batch['patch_valid']] = 0  # it reads the grid of an image from its padding, too
+    expected = reference(batch)
+    assert expected.std() > 0.1
+    assert (twin(ours, plain, use_naflex=True, **kwargs)(batch) - expected).abs().max() < 1e-5
 
 
 def test_ape_baseline_is_deit3():

@@ -56,6 +56,18 @@ def test_contract(report, model):
     assert len(functions) >= FUNCTIONS[family] and not needed - functions, needed - functions
 
 
+@pytest.mark.slow
+def test_contract_of_naflex_models(monkeypatch):
+    """As images; patches are the matter of test_naflex.py."""
+    monkeypatch.setenv('TIMM_USE_NAFLEXVIT', 'true')
+    try:
+        outcomes, _, output = timm_contract.run(['vit_test_rope_mixed_ape'], quiet=True)
+    except timm_contract.TestsUnavailable as error:
+        pytest.skip(str(error))
+    results = Counter(outcome.result for outcome in outcomes)
+    assert results['passed'] >= RUNS['vit'] and results['passed'] == len(outcomes), output
+
+
 # -- timm's tests of these need feature maps with two axes, or buffers of the model's dtype
 
 ENCODINGS = ['none', 'axial', 'mixed', 'liere']

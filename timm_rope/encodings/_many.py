@@ -12,6 +12,7 @@ Places = List[Tuple[int, int]]
 
 class ServesManyGrids(MakesPayloads):
     """Part of `RotaryEncoding` for a batch of images that have a grid each."""
+
     @torch.jit.unused
     def of_grids(
             self, grids: Sequence[Tuple[int, int]], num_prefix_tokens: int = 0, alone: bool = False,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .._checks import check_flag
 from ..encodings._many import Places, one_after_another
 from ..encodings._payloads import take_rows
+from ..weights.fit_vit import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
 from .patch_batch import PatchBatch, choose_patches, gather, read_shapes
 from .vit import RopeVisionTransformer
 
@@ -81,8 +82,12 @@ class RopeNaFlexVit(RopeVisionTransformer):
     # -- forward
 
     def forward(  # type: ignore[override]
-            self, x: Any, attn_mask: Optional[Tensor] = None, is_causal: bool = False,
-            patch_coord: Optional[Tensor] = None, patch_valid: Optional[Tensor] = None,
+            self,
+            x,  # not annotated, since FX would hand the annotation on to TorchScript
+            attn_mask: Optional[Tensor] = None,
+            is_causal: bool = False,
+            patch_coord: Optional[Tensor] = None,
+            patch_valid: Optional[Tensor] = None,
     ) -> Tensor:
         """Images (B, C, H, W), a dictionary of patches, or patches with `patch_coord` -> logits."""
         return self.forward_head(self.forward_features(x, attn_mask, is_causal, patch_coord, patch_valid))
@@ -194,11 +199,11 @@ class RopeNaFlexVit(RopeVisionTransformer):
             compiled: Whether the blocks are compiled, for which all batches should look alike.
         """
         prefix = self.num_prefix_tokens
-        grids, counts, whole = read_shapes(coord, valid)
+        grids, counts, alike, whole = read_shapes(coord, valid)
         keep = None
         if self.drop_patches and self.training:
             keep, valid, counts = choose_patches(coord, valid, counts, self.patch_drop.prob)
-            coord, whole = gather(coord, keep), False
+            coord, alike, whole = gather(coord, keep), False, False
         mask = None
         if valid is not None and (compiled or min(counts) < coord.shape[1]):
             mask = torch.cat((valid.new_ones(len(valid), prefix), valid), dim=1)[:, None, None]
@@ -212,7 +217,8 @@ class RopeNaFlexVit(RopeVisionTransformer):
             if valid is not None:
                 rows = rows.masked_fill(~valid, 0)  # any row will do: nobody looks at padding
             ahead = torch.arange(prefix, device=coord.device).expand(len(rows), -1)
-            return OneByOne(tables, torch.cat((ahead, rows), dim=1))
+            rows = torch.cat((ahead, rows), dim=1)
+            return OneByOne(tables, rows[0] if alike and not compiled else rows)
 
         payloads: Sequence[Tensor] = []
         pos_embed = score_scale = None

@@ -58,7 +58,8 @@ class Shapes(NamedTuple):
     """What has to be known on the host: one wait for the device in each step."""
     grids: List[Tuple[int, int]]  # of every image, (rows, columns)
     counts: List[int]  # patches of every image
-    whole: bool  # whether all images are the same grid without padding, patch by patch along its rows
+    alike: bool  # whether all images have the same patches of the same grid, along its rows, and padding behind them
+    whole: bool  # whether these are all patches of it, and there is no padding
 
 
 def read_shapes(coord: Tensor, valid: Optional[Tensor]) -> Shapes:
@@ -73,8 +74,10 @@ def read_shapes(coord: Tensor, valid: Optional[Tensor]) -> Shapes:
     last = coord.masked_fill(~inside, -1).amax(1)
     first = coord.masked_fill(~inside, 0).amin((1, 2))
     number = coord[..., 0] * (last[:, 1:] + 1) + coord[..., 1]
-    in_order = (number == torch.arange(coord.shape[1], device=coord.device)).all(1)
-    known = torch.stack((last[:, 0] + 1, last[:, 1] + 1, valid.sum(1), first, in_order), dim=1).tolist()
+    order, total = torch.arange(coord.shape[1], device=coord.device), valid.sum(1)
+    in_order = ((number == order) & valid).sum(1) == total
+    in_front = (valid & (order < total.unsqueeze(1))).sum(1) == total
+    known = torch.stack((last[:, 0] + 1, last[:, 1] + 1, total, first, in_order & in_front), dim=1).tolist()
     for image, (rows, columns, count, least, _) in enumerate(known):
         if count == 0:
             raise ValueError(f'patch_valid leaves image {image} of the batch without a patch.')
@@ -83,10 +86,9 @@ def read_shapes(coord: Tensor, valid: Optional[Tensor]) -> Shapes:
                 f'patch_coord must be rows and columns from 0 to {LARGEST_SIDE - 1}, image {image} of the batch has '
                 f'{min(least, 0)} to {max(rows, columns) - 1}.')
     grids = [(rows, columns) for rows, columns, *_ in known]
-    whole = all(
-        grid == grids[0] and count == coord.shape[1] == grid[0] * grid[1] and ordered
-        for grid, (_, _, count, _, ordered) in zip(grids, known))
-    return Shapes(grids, [count for _, _, count, *_ in known], whole)
+    counts = [count for _, _, count, *_ in known]
+    alike = all(ordered for *_, ordered in known) and len({*zip(grids, counts)}) == 1
+    return Shapes(grids, counts, alike, alike and counts[0] == coord.shape[1] == grids[0][0] * grids[0][1])
 
 
 def choose_patches(
