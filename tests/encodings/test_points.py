@@ -10,7 +10,7 @@ import timm_rope
 from timm_rope.encodings import ENCODINGS
 from timm_rope.encodings._base import ORDERS
 from timm_rope.kernels import rotate
-from timm_rope.rotations import BlockRotation
+from timm_rope.rotations import BlockRotation, PlanesRotation
 
 NAMES = timm_rope.list_ropes()
 LEARNED = [name for name in NAMES if ENCODINGS[name].learned]
@@ -43,7 +43,8 @@ def patches(*grid):
 
 def has_equal_bits(rope):
     # larger blocks come from products of matrices, whose order of summing depends on their shapes
-    return not isinstance(rope.rotation, BlockRotation) or rope.rotation.size <= 4
+    planes = isinstance(rope.rotation, PlanesRotation)
+    return not planes and (not isinstance(rope.rotation, BlockRotation) or rope.rotation.size <= 4)
 
 
 def points(*shape, dims=2, dtype=torch.float32, low=-3., high=12., seed=1):
