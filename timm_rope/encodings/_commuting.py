@@ -22,7 +22,11 @@ from ..rotations.exponential import skew
 
 @torch.fx.wrap
 def planes(freqs: Tensor, dims: int, size: int, basis: str) -> Tensor:
-    """Waves and basis as `PlanesRotation` takes them, (1, L, K, p (D + 2 b)); float64 where it is not learned now."""
+    """Waves and basis as `PlanesRotation` takes them, (1, L, K, p (D + 2 b)).
+
+    Waves of cayley are learned numbers, those of circulant sums of them, which float32 holds too coarsely for angles of
+    64 rad: they are in float64 where they are not learned now.
+    """
     if torch.jit.is_scripting():
         return _packed(freqs, dims, size, basis)
     with without_autocast(freqs):
@@ -32,7 +36,7 @@ def planes(freqs: Tensor, dims: int, size: int, basis: str) -> Tensor:
 def _packed(freqs: Tensor, dims: int, size: int, basis: str) -> Tensor:
     waves, columns = _planes(freqs, dims, size, basis)
     out = torch.cat([waves[i] for i in range(dims)] + [columns.flatten(-2)], dim=-1).unsqueeze(0)
-    return out.to(freqs.dtype) if torch.is_grad_enabled() and freqs.requires_grad else out
+    return out.to(freqs.dtype) if basis == 'cayley' or (torch.is_grad_enabled() and freqs.requires_grad) else out
 
 
 def generators(freqs: Tensor, dims: int, size: int, basis: str) -> Tensor:

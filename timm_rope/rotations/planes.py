@@ -2,6 +2,7 @@
 from typing import List
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._precision import without_autocast
@@ -47,13 +48,14 @@ def _table(freqs: Tensor, axes: List[Tensor], groups: int, size: int, planes: in
     dims, packed = len(axes), freqs[0]  # (L, H, G, p (D + 2 b))
     waves = torch.stack([packed[..., i * planes:(i + 1) * planes].flatten(2) for i in range(dims)])  # (D, L, H, G p)
     turns = pair_turns(waves, axes).unflatten(-1, [groups, planes, 2]).transpose(2, 3)  # (L, H, G, N, p, 2)
-    turns = torch.stack((turns[..., 0] - 1, turns[..., 1]), dim=-1).flatten(-2)
+    turns = F.pad(torch.stack((turns[..., 0] - 1, turns[..., 1]), dim=-1).flatten(-2), [0, 1], value=1.)
     columns = packed[..., dims * planes:].unflatten(-1, [size, 2 * planes]).transpose(-1, -2)
     u, v = columns[..., ::2, :], columns[..., 1::2, :]  # (L, H, G, p, b)
     both, around = _outer(u, u) + _outer(v, v), _outer(v, u) - _outer(u, v)
-    table = turns @ torch.stack((both, around), dim=-3).flatten(-2).flatten(-3, -2)  # (L, H, G, N, b b)
-    eye = torch.eye(size, dtype=table.dtype, device=table.device).flatten()
-    return (table + eye).transpose(2, 3).flatten(3)
+    parts = torch.stack((both, around), dim=-3).flatten(-2).flatten(-3, -2)  # (L, H, G, 2 p, b b)
+    eye = torch.eye(size, dtype=parts.dtype, device=parts.device).flatten()
+    parts = torch.cat((parts, eye.expand(parts[..., :1, :].shape)), dim=-2)
+    return (turns @ parts).transpose(2, 3).flatten(3)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
