@@ -102,7 +102,7 @@ def test_every_encoding_explains_itself(name):
 # -- sizes: the package grows by files and rooms, not by floors
 
 ROOM = dict(
-    _timm=480, analysis=800, positions=430, rotations=1260, encodings=2760, models=1920, kernels=1900, weights=2100,
+    _timm=480, analysis=800, positions=430, rotations=1260, encodings=2790, models=1920, kernels=1900, weights=2100,
     cli=3700)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 
