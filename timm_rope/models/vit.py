@@ -63,7 +63,8 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
         dtype: Dtype of all tensors but the encoding's, which stay float32 or float64.
         **kwargs: Options of the encoding with the prefix `rope_` (`rope_reference_grid` overrides the grid of
             `img_size`; `rope_scaling` and `rope_log_n` say what happens on larger grids, `rope_shift`, `rope_jitter`
-            and `rope_rescale` augment coordinates in training), and all other arguments of timm's VisionTransformer.
+            and `rope_rescale` augment coordinates in training), and all other arguments of timm's VisionTransformer;
+            `mlp_layer` may be 'swiglu'.
 
     Raises:
         ValueError: A size or option that cannot work; names the argument and what would be right.

@@ -1,7 +1,7 @@
 """The one place that understands how others name their weights."""
 import logging
 import re
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional, Sequence
 
 from .base import Layout as Layout
 from .base import Weights as Weights
@@ -13,14 +13,17 @@ from .naver import NaverVit as NaverVit
 from .naver import TimmEva as TimmEva
 from .naver import is_trained as is_trained
 from .spiral import SpiralDeit
+from .timm_eva import find_eva as find_eva
 from .timm_swin import OurSwin, TimmSwin
 from .timm_vit import Ours as Ours
 from .timm_vit import TimmVit as TimmVit
+from .vit5 import ViT5
 
 _logger = logging.getLogger(__name__)
 
-LAYOUTS: List[Layout] = [
-    Ours(), TimmEva(), NaverVit(), NaverSwin(), OurSwin(), TimmSwin(), SpiralDeit(), LieREVit(), TimmVit()]
+LAYOUTS: Sequence[Layout] = [
+    Ours(), TimmEva(), NaverVit(), NaverSwin(), OurSwin(), TimmSwin(), SpiralDeit(), ViT5(), LieREVit(),
+    TimmVit()]
 
 
 def find_layout(tensors: Dict[str, Any]) -> Optional[Layout]:
@@ -28,11 +31,12 @@ def find_layout(tensors: Dict[str, Any]) -> Optional[Layout]:
     return next((layout for layout in LAYOUTS if not layout.differences(tensors)), None)
 
 
-def recognise(checkpoint: Any) -> Weights:
+def recognise(checkpoint: Any, known: Optional[Layout] = None) -> Weights:
     """Say what a checkpoint is and bring it into our keys. Tensors are shared, not copied, where they keep their shape.
 
     Args:
         checkpoint: State dict of any known layout, or what a trainer saved around one.
+        known: The layout, where somebody named the model.
 
     Returns:
         The weights, what they are, and what was left out.
@@ -41,14 +45,18 @@ def recognise(checkpoint: Any) -> Weights:
         RuntimeError: It fits no layout; lists how it differs from the nearest ones.
     """
     tensors, average, extra = unwrap(checkpoint)
-    layout = find_layout(tensors)
+    layouts = LAYOUTS if known is None else [known]
+    layout = next((each for each in layouts if not each.differences(tensors)), None)
     if layout is None:
-        differences = {other.name: other.differences(tensors) for other in LAYOUTS}
+        differences = {other.name: other.differences(tensors) for other in layouts}
         fewest = min(map(len, differences.values()))
         nearest = '; '.join(f'{name} ({first(d)})' for name, d in differences.items() if len(d) == fewest)
+        hint = '' if 'blocks.0.attn.proj.weight' not in tensors else (
+            " Keys of timm's DINOv3, EVA-02, PE or SBB tell neither coordinates nor the order of channels: convert "
+            'them by python -m timm_rope convert FILE OUT --model NAME, or with timm:NAME.TAG for FILE.')
         raise RuntimeError(
             f'The checkpoint fits none of the known layouts ({", ".join(differences)}). {_inside(tensors)}Nearest: '
-            f'{nearest}. It has {len(tensors)} tensors: {first(sorted(tensors))}.')
+            f'{nearest}. It has {len(tensors)} tensors: {first(sorted(tensors))}.{hint}')
     if average:
         used = 'averaged (EMA)' if layout.prefer_average else 'raw'
         _logger.info(f'{layout.name} checkpoint with raw and averaged weights: the {used} ones are used.')
