@@ -91,7 +91,7 @@ def test_other_orders_of_channels(convert):
 def test_the_model_of_a_file_is_named(convert):
     model = make('vit_small_patch16_dinov3', 1., embed_dim=384, num_heads=6, depth=12)
     torch.save(model.state_dict(), 'weights.pth')
-    refused(convert, ["keys of timm's Eva", 'order of its channels', '--model NAME'], 'weights.pth', 'out')
+    refused(convert, ['none of the known layouts', "Keys of timm's DINOv3", '--model NAME'], 'weights.pth', 'out')
     refused(convert, ['768 wide', 'weights are 384 wide'], 'weights.pth', 'out', '--model', 'vit_base_patch16_dinov3')
     code, out, err = convert('weights.pth', 'out', '--model', 'vit_small_patch16_dinov3')
     assert code == 0, err
@@ -99,7 +99,7 @@ def test_the_model_of_a_file_is_named(convert):
     with torch.no_grad():
         assert (load()(x) - model(x)).abs().max() < 1e-5
     built = timm.create_model('vit_small_rope_axial', num_classes=5, reg_tokens=4, rope_coords='dinov3')
-    with pytest.raises(RuntimeError, match='order of its channels'):
+    with pytest.raises(RuntimeError, match='holds no rotary encoding'):
         built.load_state_dict(model.state_dict())
 
 

@@ -19,7 +19,7 @@ from timm_rope._timm import save_for_hf
 from timm_rope.encodings import ENCODINGS
 from timm_rope.encodings._saved import read_encoding
 from timm_rope.encodings._signature import read_signature
-from timm_rope.rotations import AxesRotation, BlockRotation, PairRotation, TripletRotation
+from timm_rope.rotations import AxesRotation, BlockRotation, PairRotation, PlanesRotation, TripletRotation
 
 NAMES = timm_rope.list_ropes()
 LEARNED = [name for name in NAMES if ENCODINGS[name].learned]
@@ -28,16 +28,16 @@ LEARNED = [name for name in NAMES if ENCODINGS[name].learned]
 def is_exact(source, target):
     """Whether an encoding is a special case of another with default options, by what the two state about themselves."""
     a, b = (timm_rope.create_rope(name, 24, 2, 2) for name in (source, target))
-    kinds = type(a.rotation), type(b.rotation)
+    kinds = [BlockRotation if type(r.rotation) is PlanesRotation else type(r.rotation) for r in (a, b)]
     if not b.learned or a.coords not in b.coords_choices or (a.coords != 'index' and a.centered != b.centered):
         return False
     if target == 'comrope' or (target == 'string' and kinds[0] is BlockRotation):  # blocks whose generators commute
         return source == target
     if kinds[0] is kinds[1]:
         return b.oblique or not a.oblique
-    if kinds == (TripletRotation, AxesRotation):
+    if kinds == [TripletRotation, AxesRotation]:
         return True
-    return kinds == (PairRotation, BlockRotation) and a.head_dim % b.rotation.size == 0
+    return kinds == [PairRotation, BlockRotation] and a.head_dim % b.rotation.size == 0
 
 
 EXACT = {source: {target for target in NAMES if is_exact(source, target)} for source in NAMES}

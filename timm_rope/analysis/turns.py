@@ -103,7 +103,7 @@ def generators(turn: Turn) -> Tensor:
     rope = _layer_of(turn)
     rows, columns = [max(2, round(side)) for side in rope.reference_grid.tolist()]
     y, x = grid_axes([rows, columns], rope.reference_grid, rope.freqs, rope.coords, rope.span, rope.centered)
-    freqs = rope.frequencies()
+    freqs = rope.table_freqs()
     # the slope at the origin, from four points: exact to 1e-9 for waves of up to 40 rad a patch
     h, origin = 1e-4, x.new_zeros(1)
     places = x.new_tensor([1., -1., 2., -2.]) * h

@@ -6,8 +6,8 @@
                 `freqs` (2, L, K, M): a, M = (b - 1) // 2
 
 Generators are strict upper triangles row by row, (2, L, K, b (b - 1) / 2) with x first, as `BlockRotation` takes them;
-K = H G blocks of b channels. Of D dimensions there are D instead of 2, and as many waves. Functions are to be called by
-way of this module, in which FX looks for them.
+K = H G blocks of b channels with p planes. Of D dimensions there are D instead of 2, and as many waves. Functions are
+to be called by way of this module, in which FX looks for them.
 """
 import math
 from typing import Tuple
@@ -21,37 +21,46 @@ from ..rotations.exponential import skew
 
 
 @torch.fx.wrap
-def generators(freqs: Tensor, dims: int, size: int, basis: str) -> Tensor:
-    """What turns the blocks; in the widest dtype there is where it is not learned now."""
+def planes(freqs: Tensor, dims: int, size: int, basis: str) -> Tensor:
+    """Waves and basis as `PlanesRotation` takes them, (1, L, K, p (D + 2 b)).
+
+    Waves of cayley are learned numbers, those of circulant sums of them, which float32 holds too coarsely for angles of
+    64 rad: they are in float64 where they are not learned now.
+    """
     if torch.jit.is_scripting():
-        return _generators(freqs, dims, size, basis)
+        return _packed(freqs, dims, size, basis)
     with without_autocast(freqs):
-        return _generators(freqs, dims, size, basis)
+        return _packed(freqs, dims, size, basis)
 
 
-def _generators(freqs: Tensor, dims: int, size: int, basis: str) -> Tensor:
+def _packed(freqs: Tensor, dims: int, size: int, basis: str) -> Tensor:
+    waves, columns = _planes(freqs, dims, size, basis)
+    out = torch.cat([waves[i] for i in range(dims)] + [columns.flatten(-2)], dim=-1).unsqueeze(0)
+    return out.to(freqs.dtype) if basis == 'cayley' or (torch.is_grad_enabled() and freqs.requires_grad) else out
+
+
+def generators(freqs: Tensor, dims: int, size: int, basis: str) -> Tensor:
+    """What turns the blocks, in the widest dtype there is."""
+    waves, columns = _planes(freqs, dims, size, basis)
+    half = (columns[..., 1::2] * waves.unsqueeze(-2)) @ columns[..., ::2].transpose(-1, -2)
+    upper = torch.triu_indices(size, size, 1, device=freqs.device)
+    return (half - half.transpose(-1, -2)).flatten(-2).index_select(-1, upper[0] * size + upper[1])
+
+
+def _planes(freqs: Tensor, dims: int, size: int, basis: str) -> Tuple[Tensor, Tensor]:
+    """Waves (D, L, K, p), and the basis of the planes as columns (L, K, b, 2 p)."""
+    wide = widest(freqs)
     if basis == 'cayley':
-        waves, columns = _cayley(freqs, dims, size)
-        half = (columns[..., 1::2] * waves.unsqueeze(-2)) @ columns[..., 0:size // 2 * 2:2].transpose(-1, -2)
-        matrix = half - half.transpose(-1, -2)
-        rows = [matrix[..., 0, 1:]]
-        for i in range(1, size - 1):
-            rows.append(matrix[..., i, i + 1:])
-    else:
-        wide = widest(freqs)
-        column = torch.cat((wide, torch.zeros_like(wide[..., :(size - 1) % 2]), -wide.flip(-1)), dim=-1)
-        rows = [-column]
-        for i in range(1, size - 1):
-            rows.append(-column[..., :size - 1 - i])
-    out = torch.cat(rows, dim=-1)
-    return out.to(freqs.dtype) if torch.is_grad_enabled() and freqs.requires_grad else out
-
-
-def _cayley(freqs: Tensor, dims: int, size: int) -> Tuple[Tensor, Tensor]:
-    pairs, wide = size // 2, widest(freqs[0])
-    s, eye = skew(wide[..., dims * pairs:], size), torch.eye(size, dtype=wide.dtype, device=wide.device)
-    waves = [wide[..., i * pairs:(i + 1) * pairs] for i in range(dims)]
-    return torch.stack(waves), _solve(eye + s, eye - s)  # factors commute
+        pairs = size // 2
+        s = skew(wide[0, ..., dims * pairs:], size)
+        eye = torch.eye(size, dtype=wide.dtype, device=wide.device)
+        waves = torch.stack([wide[0, ..., i * pairs:(i + 1) * pairs] for i in range(dims)])
+        return waves, _solve(eye + s, eye - s)[..., :2 * pairs]  # factors commute
+    k = torch.arange(1, wide.shape[-1] + 1, dtype=wide.dtype, device=wide.device)
+    angle = torch.arange(size, dtype=wide.dtype, device=wide.device).unsqueeze(-1) * k * (2 * math.pi / size)
+    columns = math.sqrt(2 / size) * torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(-2)
+    # eigenvalues of a circulant matrix are a Fourier transform
+    return 2 * wide @ angle[1:1 + len(k)].sin(), columns.expand(wide.shape[1], wide.shape[2], -1, -1)
 
 
 def _solve(left: Tensor, right: Tensor) -> Tensor:
@@ -89,8 +98,8 @@ def freqs_of(triangles: Tensor, size: int, basis: str) -> Tensor:
     """
     if basis == 'circulant':
         freqs = -triangles[..., :(size - 1) // 2]
-        made = _generators(freqs, len(freqs), size, basis).to(triangles.dtype)
-        if not torch.allclose(made, triangles, rtol=0, atol=1e-12):
+        made = generators(freqs, len(freqs), size, basis).to(triangles.dtype)
+        if not torch.allclose(made, triangles, rtol=0, atol=8 * torch.finfo(made.dtype).eps * float(made.abs().max())):
             raise ValueError('these generators are not circulant')
         return freqs
     channel = 2 * torch.arange(size // 2, device=triangles.device)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..positions.coordinates import format_grid, in_patches, read_grid, unit
-from ..rotations import AxesRotation, BlockRotation, PairRotation, Rotation, TripletRotation
+from ..rotations import AxesRotation, BlockRotation, PairRotation, PlanesRotation, Rotation, TripletRotation
 from ..rotations.axes import about_space
 from . import create_rope, list_ropes
 from ._base import ENCODINGS, RotaryEncoding
@@ -84,7 +84,7 @@ def _freqs(
     """Value of the target's `freqs` that gives the function of the source, and the basis it does so in."""
     # scores of pairs that turn by wave vectors, and of triplets about one axis, depend on differences alone
     of_space, relative = _is_of_space(source), type(target.rotation) is PairRotation
-    if of_space and type(target.rotation) is BlockRotation and target.rotation.size == 3:
+    if of_space and _has_generators(target) and target.rotation.size == 3:
         relative = True  # if it can be done
     scale, basis = _scale(source, target, prefix or not relative), None
     try:
@@ -95,7 +95,7 @@ def _freqs(
         if of_space and isinstance(target.rotation, BlockRotation) and target.frequencies().ndim == 5:
             values = _in_units(_of_triplets(source, target), scale)
             freqs = target.freqs_for(_shared(values, target))
-            if type(target.rotation) is BlockRotation:
+            if _has_generators(target):
                 _check_one_axis(source, target, freqs)
             return freqs, None
         if _form(source.rotation) == _form(target.rotation):
@@ -103,7 +103,7 @@ def _freqs(
         try:
             vectors = wave_vectors(source)
         except ValueError:
-            if type(source.rotation) is not BlockRotation or type(target.rotation) is not PairRotation:
+            if not _has_generators(source) or type(target.rotation) is not PairRotation:
                 raise
             vectors, basis = planes(source.frequencies(), source.head_dim, source.rotation.size)
             if not any_basis:
@@ -115,6 +115,11 @@ def _freqs(
         raise
     except ValueError as error:
         raise _NoExactForm(error) from None
+
+
+def _has_generators(rope: RotaryEncoding) -> bool:
+    """Whether its frequencies are generators of blocks, one for each axis of the image."""
+    return type(rope.rotation) in (BlockRotation, PlanesRotation)
 
 
 def _is_of_space(rope: RotaryEncoding) -> bool:
@@ -163,7 +168,8 @@ def _heads(rope: RotaryEncoding) -> int:
 
 def _form(rotation: Rotation) -> Any:
     """What two rotations share that make the same of the same frequencies."""
-    return type(rotation), {k: v for k, v in vars(rotation).items() if k[0] != '_' and k != 'training'}
+    kind = BlockRotation if type(rotation) is PlanesRotation else type(rotation)
+    return kind, {k: v for k, v in vars(rotation).items() if k[0] != '_' and k not in ('training', 'planes')}
 
 
 def _scale(source: RotaryEncoding, target: RotaryEncoding, origin_matters: bool) -> Tensor:
@@ -234,7 +240,7 @@ def wave_vectors(rope: RotaryEncoding) -> Tensor:
     """
     if type(rope.rotation) is PairRotation:  # its subclasses turn by other angles
         return rope.frequencies()
-    if type(rope.rotation) is not BlockRotation:
+    if not _has_generators(rope):
         raise ValueError(f'{rope._signature} does not turn each channel pair by one wave vector')
     generators = rope.frequencies()
     held, block, entry = _pairs_in_blocks(rope, rope.head_dim // 2)
@@ -259,7 +265,7 @@ def freqs_for_wave_vectors(rope: RotaryEncoding, vectors: Tensor) -> Tensor:
         if bool(vectors[..., groups:].any()):
             raise ValueError(f'{rope.name!r} leaves the pairs beyond the first {groups} of a head unrotated')
         return rope.freqs_for(F.pad(vectors[..., :groups], [0, max(0, groups - vectors.shape[-1])]))
-    if type(rope.rotation) is not BlockRotation:
+    if not _has_generators(rope):
         raise ValueError(f'{rope.name!r} does not turn channel pairs')
     held, block, entry = _pairs_in_blocks(rope, vectors.shape[-1])
     size = rope.rotation.size

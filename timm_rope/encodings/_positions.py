@@ -54,6 +54,10 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
                 f'torch.compile and torch.export take it.')
         return self
 
+    def table_freqs(self) -> Tensor:
+        """What the rotation makes its table of: `frequencies`, or another form of the same that is quicker."""
+        return self.frequencies()
+
     def register_frequencies(self) -> Tensor:
         """Frequencies of registers that lie on a grid of their own; overridden by encodings with that option."""
         return self.frequencies()
@@ -70,9 +74,10 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
 
         Coordinates are those of a grid of `extent` patches: (2, 5) is the middle of the patch in row 2 and column 5,
         (-0.5, -0.5) the upper left corner of the image, and there may be points beyond it. All patches of a grid, with
-        the grid as `extent`, have the payloads of that grid: equal bits, except in blocks of LieRE above 4, where they
-        agree to rounding. Integers that are patches of `extent` are looked up in its payloads, which are cached where
-        they need no gradient; nothing else is cached. Gradients reach the frequencies and the coordinates.
+        the grid as `extent`, have the payloads of that grid: equal bits, except in blocks of LieRE above 4 and of
+        STRING, where they agree to rounding. Integers that are patches of `extent` are looked up in its payloads, which
+        are cached where they need no gradient; nothing else is cached. Gradients reach the frequencies and the
+        coordinates.
 
         The rule for larger grids, the middle of the image and random coordinates in training go by `extent`, too.
 
@@ -145,7 +150,7 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
 
         Axes are those of a grid (size,), or of points (N,); the first and the last place are those of the grid.
         """
-        freqs = self.frequencies()
+        freqs = self.table_freqs()
         dims = self.dims
         if self.scaling != 'extrapolate' and grid is not None:
             s = growth(grid, self.reference_grid, self.freqs, self.coords)

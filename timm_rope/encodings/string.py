@@ -4,7 +4,7 @@ from typing import Any, Dict, Tuple
 from torch import Tensor
 
 from .._checks import check_choice, check_group, check_integer
-from ..rotations import BlockRotation
+from ..rotations import PlanesRotation
 from . import _commuting
 from ._base import RotaryEncoding
 from ._frequencies import turned_basis
@@ -49,9 +49,10 @@ class String(RotaryEncoding, name='string'):
         check_integer(options['block'], 'block', 3 if self.basis == 'circulant' else 2)
         return options
 
-    def make_rotation(self) -> BlockRotation:
-        check_group(self.head_dim, self.options['block'], self.name)
-        return BlockRotation(self.head_dim, self.options['block'])
+    def make_rotation(self) -> PlanesRotation:
+        size = self.options['block']
+        check_group(self.head_dim, size, self.name)
+        return PlanesRotation(self.head_dim, size, (size - (self.basis == 'circulant')) // 2)
 
     def no_scaling(self) -> str:
         return 'a block turns by all its wave vectors at once, so only coordinates can change'
@@ -71,6 +72,10 @@ class String(RotaryEncoding, name='string'):
     def frequencies(self) -> Tensor:
         generators = _commuting.generators(self.freqs, self.dims, self.rotation.size, self.basis)
         return generators.unflatten(2, [-1, self.rotation.groups])
+
+    def table_freqs(self) -> Tensor:
+        packed = _commuting.planes(self.freqs, self.dims, self.rotation.size, self.basis)
+        return packed.unflatten(2, [-1, self.rotation.groups])
 
     def freqs_for(self, frequencies: Tensor) -> Tensor:
         return _commuting.freqs_of(frequencies.flatten(2, 3), self.rotation.size, self.basis)

@@ -16,4 +16,5 @@ from .axes import AxesRotation as AxesRotation
 from .base import Rotation as Rotation
 from .blocks import BlockRotation as BlockRotation
 from .pairs import PairRotation as PairRotation
+from .planes import PlanesRotation as PlanesRotation
 from .triplets import TripletRotation as TripletRotation

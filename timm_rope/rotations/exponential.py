@@ -15,6 +15,7 @@ from .._tracing import legacy_batched, recording, transformed
 from . import grid_exponentials
 from .base import by_rows
 from .grid_exponentials import skew
+from .space_exponentials import SpaceExponentials
 
 
 @torch.fx.wrap
@@ -52,15 +53,17 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 def block_table_nd(freqs: Tensor, axes: List[Tensor], size: int) -> Tensor:
     """exp(x A_x + y A_y + z A_z): `block_table` for any number of axes, by a general exponential in float64.
 
+    The gradient of blocks above 4 is in the dtype of the generators.
+
     Args:
         freqs: (D, L, H, G, b (b - 1) / 2), x first.
         axes: As `Rotation.table_nd`.
         size: b.
     """
     with without_autocast(freqs):
-        if torch.is_grad_enabled() or freqs.shape[1] == 1:
-            return _exponentials(freqs, axes, size)
-        return torch.cat([_exponentials(layer, axes, size) for layer in freqs.split(1, dim=1)])  # it needs much room
+        if size > 4 and not torch.compiler.is_compiling() and _are_plain(freqs, *axes):
+            return SpaceExponentials.apply(_exponentials, size, freqs, *axes)  # type: ignore[no-any-return]
+        return _exponentials(freqs, axes, size)
 
 
 def _plain_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
@@ -82,11 +85,15 @@ def _exponentials(freqs: Tensor, axes: List[Tensor], size: int) -> Tensor:
 def _has_values(freqs: Tensor, y: Tensor, x: Tensor) -> bool:
     """Whether these are plain tensors with values, now or when what is compiled runs, and nothing but reverse-mode
     autograd follows them."""
-    if recording() or freqs.is_meta:
-        return False
     if (y.requires_grad or x.requires_grad) and (x.ndim == 1 or torch.compiler.is_compiling()):
         return False  # gradients of points are made in eager mode only, those of the axes of a grid nowhere
-    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in (freqs, y, x)):  # a fake or distributed tensor
+    return _are_plain(freqs, y, x)
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    if recording() or tensors[0].is_meta:
+        return False
+    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):  # a fake or distributed tensor
         return False
     return not transformed()
 

@@ -22,7 +22,7 @@ class PairRotation(Rotation):
         return pair_table(freqs, y, x)
 
     def table_nd(self, freqs: Tensor, axes: List[Tensor]) -> Tensor:
-        return _turns(freqs, axes)
+        return pair_turns(freqs, axes)
 
     def forward(self, x: Tensor, payload: Tensor) -> Tensor:
         cos, sin = payload[..., 0::2], payload[..., 1::2]
@@ -33,10 +33,11 @@ class PairRotation(Rotation):
 
 @torch.fx.wrap
 def pair_table(freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    return _turns(freqs, [y.unsqueeze(1), by_rows(x)])
+    return pair_turns(freqs, [y.unsqueeze(1), by_rows(x)])
 
 
-def _turns(freqs: Tensor, axes: List[Tensor]) -> Tensor:
+def pair_turns(freqs: Tensor, axes: List[Tensor]) -> Tensor:
+    """Cosine and sine of every angle, next to each other; arguments as `Rotation.table_nd`, of one axis or more."""
     cos, sin = cos_sin(axes[-1], freqs[0])  # (L, H, 1 or rows, columns, G)
     for i in range(1, len(axes)):
         of_cos, of_sin = cos_sin(axes[-1 - i], freqs[i])  # (L, H, rows, 1, G)

@@ -24,28 +24,17 @@ class TimmEvaAxial(Layout):
     """Axial in another order of the channels, with what a Vision Transformer of timm can have beside it.
 
     Args:
-        name: Of the model in timm; '' for weights of which it is not known.
+        name: Of the model in timm.
         args: Its constructor arguments.
         model: The model, on the meta device.
     """
     name = 'timm Eva, fixed frequencies'
     marks = ('patch_embed.proj.weight', 'blocks.0.norm1.weight', 'blocks.0.attn.proj.weight')
 
-    def __init__(self, name: str = '', args: Optional[Dict[str, Any]] = None, model: Any = None) -> None:
-        self.timm_model, self.theirs = (name, args or {}), model
-
-    def differences(self, tensors: Dict[str, Tensor]) -> List[str]:
-        signs = ('blocks.0.gamma_1', 'blocks.0.attn.q_bias', 'blocks.0.attn.q_proj.weight', 'norm_pre.weight')
-        foreign = ['unexpected rope.freqs'] if 'rope.freqs' in tensors else []
-        return super().differences(tensors) + foreign + (
-            [] if self.theirs is not None or any(key in tensors for key in signs) else [f'missing {signs[0]}'])
+    def __init__(self, name: str, args: Dict[str, Any], model: Any) -> None:
+        self.timm_model, self.theirs = (name, args), model
 
     def convert(self, tensors: Dict[str, Tensor], extra: Dict[str, Any]) -> Weights:
-        if self.theirs is None:
-            raise RuntimeError(
-                "These weights have keys of timm's Eva, which tell neither coordinates nor the order of its channels: "
-                'convert them, with the model of timm named, by python -m timm_rope convert FILE OUT --model NAME, '
-                'or published ones by timm:NAME.TAG instead of FILE.')
         theirs = self.theirs
         width, depth = tensors['patch_embed.proj.weight'].shape[0], count_blocks(tensors)
         if (theirs.embed_dim, len(theirs.blocks)) != (width, depth):
