@@ -17,11 +17,12 @@ def blocks_of(depth, width, names, hidden):
         qkv_weight=(3 * width, width), qkv_bias=(3 * width,), proj_weight=(width, width), proj_bias=(width,),
         fc1_weight=(hidden, width), fc1_bias=(hidden,), fc2_weight=(width, hidden), fc2_bias=(width,),
         norm1_weight=(width,), norm1_bias=(width,), norm2_weight=(width,), norm2_bias=(width,), ls1=(width,),
-        ls2=(width,))
+        ls2=(width,), q_norm=(64,), k_norm=(64,))
     out = {}
     for i in range(depth):
         for part, key in names.items():
-            centre, scale = (1, 0.2) if part in ('norm1_weight', 'norm2_weight', 'ls1', 'ls2') else (0, 0.2)
+            around_one = ('norm1_weight', 'norm2_weight', 'ls1', 'ls2', 'q_norm', 'k_norm')
+            centre, scale = (1, 0.2) if part in around_one else (0, 0.2)
             out[key.format(i)] = centre + noise(*shapes[part], scale=scale)
     return out
 
@@ -36,6 +37,9 @@ DEIT = dict(
 SPIRAL = {
     **{k: v for k, v in DEIT.items() if k not in ('norm1_bias', 'norm2_bias')},
     'norm1_weight': 'blocks.{}.norm1.scale', 'norm2_weight': 'blocks.{}.norm2.scale'}
+VIT5 = {
+    **{k: v for k, v in DEIT.items() if k not in ('norm1_bias', 'norm2_bias', 'qkv_bias')},
+    'q_norm': 'blocks.{}.attn.q_norm.weight', 'k_norm': 'blocks.{}.attn.k_norm.weight'}
 LIERE = dict(
     qkv_weight='transformer.layers.{}.0.fn.to_qkv.weight', proj_weight='transformer.layers.{}.0.fn.to_out.0.weight',
     proj_bias='transformer.layers.{}.0.fn.to_out.0.bias', fc1_weight='transformer.layers.{}.1.fn.net.0.weight',
@@ -82,6 +86,21 @@ def spiral_deit(rotate=2, scale=1.5, depth=2, width=128, patch=8, side=4, classe
     return {'model': states[0], 'model_ema': states[1], 'optimizer': {'state': {}}, 'epoch': 3, 'args': args}
 
 
+def vit5(depth=2, width=128, patch=8, side=4, classes=5, registers=4, theta=1e4, seed=0):
+    """{'model': ..., 'model_ema': ...} as ViT-5's training saves it."""
+    states = []
+    for offset in range(2):
+        state = naver_vit(False, True, depth, width, patch, (side, side), classes, seed + offset)['model']
+        state = {k: v for k, v in state.items() if not k.startswith(('blocks.', 'norm.'))}
+        state.update(blocks_of(depth, width, VIT5, 4 * width), reg_token=noise(1, registers, width))
+        state['norm.weight'] = 1 + noise(width, scale=0.2)
+        for i in range(depth):
+            for name, base in (('rope', theta), ('rope_reg', 100.)):
+                state[f'blocks.{i}.attn.{name}.freqs'] = 1. / base ** (torch.arange(0, 32, 2).float() / 32)
+        states.append(state)
+    return {'model': states[0], 'model_ema': states[1], 'epoch': 3, 'args': argparse.Namespace(model='vit5_small')}
+
+
 def liere_lightning(block=8, layers=None, per_head=True, depth=2, width=128, patch=4, side=4, classes=5, seed=0):
     """A Lightning checkpoint of LieRE; block=None is its absolute baseline."""
     torch.manual_seed(seed)
@@ -107,6 +126,8 @@ def attend(tokens, state, names, i, heads, rotate):
     batch, count, width = tokens.shape
     qkv = F.linear(tokens, get('qkv_weight'), get('qkv_bias')).view(batch, count, 3, heads, width // heads)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    if 'q_norm' in names:
+        q, k = rms_norm_inner(q, get('q_norm')), rms_norm_inner(k, get('k_norm'))
     if rotate is not None:
         q, k = (torch.cat((z[:, :, :1], rotate(z[:, :, 1:], i)), 2) for z in (q, k))
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(width // heads)
@@ -140,6 +161,11 @@ def layer_norm(eps):
 
 def rms_norm(x, weight, bias=None):
     return weight * x / (x.square().mean(-1, keepdim=True).sqrt() + 1e-6)
+
+
+def rms_norm_inner(x, weight, bias=None):
+    """With the epsilon inside the root, as most have it."""
+    return weight * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def turn_pairs(z, angle):
@@ -192,6 +218,29 @@ def forward_spiral(checkpoint, x):
     return forward(
         state, SPIRAL, convolve(x, state, state['pos_embed']), rms_norm, lambda z, i: turn_pairs(z, angles),
         (state['norm.scale'],), (state['head.weight'], state['head.bias']))
+
+
+def forward_vit5(checkpoint, x, key='model'):
+    """ViT-5 at any size (its position embedding resized, bicubic), registers behind the patches as in its code."""
+    state, x = double(checkpoint[key]), x.double()
+    rows, columns, grid = grid_of(x, state['patch_embed.proj.weight'].shape[-1])
+    side = math.isqrt(state['pos_embed'].shape[1])
+    table = state['pos_embed'].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if grid != (side, side):
+        table = F.interpolate(table, grid, mode='bicubic', align_corners=False)
+    tokens = convolve(x, state, table.flatten(2).transpose(1, 2))
+    tokens = torch.cat((tokens, state['reg_token'].expand(len(x), -1, -1)), 1)
+
+    def angles(y, x_, theta):
+        w = theta ** (-torch.arange(16, dtype=torch.float64) / 16)
+        return torch.cat((y[:, None] * w, x_[:, None] * w), -1)
+
+    small = math.isqrt(state['reg_token'].shape[1])
+    number = torch.arange(small, dtype=torch.float64)
+    both = torch.cat((angles(rows, columns, 1e4), angles(number.repeat_interleave(small), number.repeat(small), 100.)))
+    return forward(
+        state, VIT5, tokens, rms_norm_inner, lambda z, i: turn_pairs(z, both), (state['norm.weight'],),
+        (state['head.weight'], state['head.bias']))
 
 
 def forward_liere(checkpoint, x, side=4, first_layer=True):

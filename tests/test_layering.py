@@ -102,7 +102,7 @@ def test_every_encoding_explains_itself(name):
 # -- sizes: the package grows by files and rooms, not by floors
 
 ROOM = dict(
-    _timm=480, analysis=800, positions=450, rotations=1170, encodings=2800, models=2320, kernels=1900, weights=2200,
+    _timm=480, analysis=800, positions=450, rotations=1170, encodings=2900, models=2380, kernels=1900, weights=2500,
     cli=3700)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 
@@ -129,5 +129,5 @@ def test_no_room_is_crowded():
     for name, bound in ROOM.items():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
-    assert core <= 6700, f'{", ".join(CORE)} have {core} lines together, the bound is 6700'
-    assert lines_of(*FILES) <= 16000, f'the package has {lines_of(*FILES)} lines, the bound is 16000'
+    assert core <= 6850, f'{", ".join(CORE)} have {core} lines together, the bound is 6850'
+    assert lines_of(*FILES) <= 16600, f'the package has {lines_of(*FILES)} lines, the bound is 16600'

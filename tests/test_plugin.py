@@ -17,7 +17,7 @@ ENCODINGS = list_ropes()
 SIZES = ('tiny', 'small', 'base', 'large')
 PROMISED = {
     *(f'vit_{size}_rope_{encoding}{ape}' for size in SIZES for encoding in ENCODINGS for ape in ('', '_ape')),
-    *(f'vit_{size}_ape' for size in SIZES),
+    *(f'vit_{size}_ape' for size in SIZES), *(f'vit_{size}_rope_vit5' for size in SIZES[1:]),
     *(f'swin_{size}_rope_{encoding}{rpb}' for size in SIZES[:3] for encoding in ('axial', 'mixed')
       for rpb in ('', '_rpb')),
 }

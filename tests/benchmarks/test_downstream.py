@@ -14,7 +14,7 @@ pytest.importorskip('torchvision', reason="torchvision is not installed: pip ins
 pytest.importorskip('pycocotools', reason="pycocotools is not installed: pip install 'timm_rope[downstream]'")
 pytest.importorskip('segmentation_models_pytorch', minversion='0.5', reason="pip install 'timm_rope[downstream]'")
 import downstream
-from comparison import jobs, training
+from comparison import budget, jobs, training
 from comparison.recipe import Recipe
 from downstream_parts import models, opening, scenes
 from downstream_parts.measures import Intersections, average_precision
@@ -217,6 +217,12 @@ def test_an_interruption_loses_nothing(name, tmp_path, monkeypatch, capsys):
     assert command(tmp_path, tasks=(name,)) == 0 and len(updates) == 6
     whole = training.run(opening.open_task(name, None, 'cpu', 0), 'mixed_ape', 0, TINY)
     assert without_seconds(content_of(tmp_path)['rows'][0]) == dict(task=name, **without_seconds(whole))
+
+
+def test_a_budget_knows_what_a_run_takes(tmp_path):
+    job = jobs.Job('segmentation', 'mixed', 0, TINY, 'cpu', tmp_path, None, 0, opener=opening.open_task)
+    step, tests = budget.seconds_of(job)
+    assert step > 0 and tests > 0
 
 
 # -- folders

@@ -39,6 +39,15 @@ def test_a_standard_size_needs_no_arguments(size, encoding, ape):
     assert arch.heads == MODEL_ARGS[name]['num_heads']
 
 
+def test_vit5_needs_no_arguments(convert):
+    source = save_torch(foreign.vit5())
+    code, out, _ = convert(source, 'out')
+    assert code == 0 and 'vit_small_rope_vit5' in out
+    model, x = timm.create_model('local-dir:out', pretrained=True).eval(), torch.randn(1, 3, 48, 32)
+    expected = foreign.forward_vit5(foreign.vit5(), x)
+    assert model.rope.options['registers'] == 4 and (model(x) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
 def test_nothing_is_guessed(convert):
     source = save_torch(CASES['ape'][0])
     refused(convert, ['no trace', 'vit_tiny_rope_axial_ape or vit_tiny_ape', '--model'], source, 'out')

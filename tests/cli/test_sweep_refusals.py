@@ -20,9 +20,10 @@ class Trap:
 def bad(data, tmp_path, monkeypatch):
     """A folder with all kinds of things that do not fit; also the working directory."""
     monkeypatch.chdir(tmp_path)
-    for folder in ('empty', 'one/n0', 'three/n0', 'three/n1', 'three/n2', 'bare'):
+    with_images = ('one/n0', 'three/n0', 'three/n1', 'three/n2', 'trained/train/n0', 'trained/train/n1')
+    for folder in ('empty', 'bare', *with_images):
         Path(folder).mkdir(parents=True)
-    for folder in ('one/n0', 'three/n0', 'three/n1', 'three/n2'):
+    for folder in with_images:
         Image.new('RGB', (50, 50)).save(f'{folder}/0.png')
     save('good.pth', SPHERICAL, 48)
     save('liere.pth', 'vit_tiny_rope_liere', 48)
@@ -39,6 +40,7 @@ def bad(data, tmp_path, monkeypatch):
     (['empty', 'GOOD'], 'empty holds no images'),
     (['one', 'GOOD'], "a single class, 'n0'"),
     (['three', 'GOOD'], 'has 7 classes, three has 3'),
+    (['trained', 'GOOD'], 'trained holds train and no val or validation: name the folder'),
     (['DATA', 'GOOD', '--sizes', '48', '50'], 'at 50x50: img_size must be a multiple of the patch 8x8'),
     (['DATA', 'GOOD', 'vit_tiny_rope_sferical=good.pth'], "nearest name is 'vit_tiny_rope_spherical'"),
     (['DATA', 'GOOD', 'vit_tiny_rope_spherical.best=good.pth'], 'best'),

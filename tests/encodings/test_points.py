@@ -101,7 +101,7 @@ def test_a_grid_is_the_special_case(name, options, dims, dtype):
     exact, reference = has_equal_bits(rope), GRIDS[dims]
     for grid in (None, reference, (2, 3, 9)[-dims:], (1, 1, 1)[-dims:]):
         grid, extent = grid or reference, grid
-        of_grid, of_points = rope(grid, 2), rope.at(patches(*grid), 2, extent)
+        of_grid, of_points = rope(grid, 2), rope.at(patches(*grid).to(dtype), 2, extent)
         assert len(of_points) == 2
         for a, b in zip(of_grid, of_points):
             assert a.shape == b.shape and a.dtype == b.dtype
@@ -130,6 +130,35 @@ def test_numbers_of_any_kind(dtype):
     precise = at.double() + 1e-9
     moved = make('spherical', dtype=torch.float64).at(precise)[0] - make('spherical', dtype=torch.float64).at(at)[0]
     assert moved.abs().max() > 1e-11, 'float64 coordinates are not rounded to float32'
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8])
+@pytest.mark.parametrize('name', NAMES)
+def test_patches_are_looked_up(name, dtype, monkeypatch):
+    rope = make(name)
+    at = torch.stack([torch.randint(0, side, (3, 30)) for side in (9, 40)], dim=-1)
+    made, table = [], rope.rotation.table
+
+    def counted(freqs, y, x):
+        made.append(len(y) * x.shape[-1])
+        return table(freqs, y, x)
+
+    monkeypatch.setattr(rope.rotation, 'table', counted)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            expected = rope.at(at.float(), 1, (9, 40))
+            for coordinates in (at, at[0]):
+                made.clear()
+                got, again = (rope.at(coordinates.to(dtype), 1, (9, 40)) for _ in range(2))
+                if coordinates.ndim == 3 and not (grad and rope.learned):
+                    assert sum(made) in (0, 1 + 9 * 40), 'once for all calls'
+                else:  # 30 patches are not worth a grid of 360, nor 90 if it is not kept
+                    assert max(made) < 100
+                for a, b, c in zip(got, again, expected):
+                    c = c if coordinates.ndim == 3 else c[0]
+                    assert a.shape == c.shape and torch.equal(a, b) and torch.allclose(a, c, rtol=0, atol=5e-6)
+    far = torch.tensor([[-1, 3], [4, 90]]).repeat(200, 1)
+    assert torch.allclose(rope.at(far, 0, (9, 40))[0], rope.at(far.float(), 0, (9, 40))[0], rtol=0, atol=5e-6)
 
 
 # -- properties
@@ -163,7 +192,7 @@ def test_scores_depend_on_differences_along_these_axes_alone(name, options, dims
 def test_rules_are_those_of_a_grid_of_that_extent(name, rule, dims):
     rope, plain = make(name, head_dim=16, dims=dims, scaling=rule), make(name, head_dim=16, dims=dims)
     for extent in ((6, 12, 7)[-dims:], (4, 12, 20)[-dims:], (3, 3, 3)[-dims:]):
-        for a, b in zip(rope(extent, 1), rope.at(patches(*extent), 1, extent)):
+        for a, b in zip(rope(extent, 1), rope.at(patches(*extent).float(), 1, extent)):
             assert torch.allclose(a, b, rtol=0, atol=0 if has_equal_bits(rope) else 3e-7)
     at, extent = points(5, dims=dims), (9, 12, 20)[-dims:]
     assert torch.equal(rope.at(at)[0], plain.at(at)[0]), 'no rule up to the reference grid'
@@ -175,7 +204,7 @@ def test_rules_are_those_of_a_grid_of_that_extent(name, rule, dims):
 def test_random_coordinates_are_those_of_a_grid(name, options, dims):
     rope = make(name, dims=dims, shift=0.3, jitter=1.2, rescale=2., **options).train()
     got, grid = [], (3, 6, 8)[-dims:]
-    for call in (lambda: rope(grid, 1), lambda: rope.at(patches(*grid), 1, grid)):
+    for call in (lambda: rope(grid, 1), lambda: rope.at(patches(*grid).float(), 1, grid)):
         torch.manual_seed(5)
         got.append(call()[1])
     assert torch.allclose(*got, rtol=0, atol=0 if has_equal_bits(rope) else 3e-7)
@@ -281,6 +310,16 @@ def test_compiled(name, dims, of_coordinates):
             weights = [torch.randn_like(p) for p in plain]
             for a, b in zip(*(torch.autograd.grad(p, wanted, weights) for p in (ours, plain))):
                 assert torch.allclose(a, b, atol=2e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize('extent', [None, (9, 8)])
+@pytest.mark.parametrize('name', NAMES)
+@torch.no_grad()
+def test_traced_by_fx(name, extent):
+    model = Points(make(name, scaling='interpolate'), extent=extent)
+    traced = torch.fx.symbolic_trace(model)
+    for at in (points(6), points(3, 6)):
+        assert torch.allclose(traced(at)[1], model(at)[1], rtol=0, atol=1e-6)
 
 
 def test_another_number_of_images_is_refused():

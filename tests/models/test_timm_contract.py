@@ -12,7 +12,7 @@ from timm_rope import list_ropes
 from timm_rope.weights.fit_vit import checkpoint_filter_fn
 
 # `python tests/timm_contract.py --models 'vit_test_*'` runs the rest of them
-MODELS = [f'vit_test_rope_{name}' for name in list_ropes()] + ['vit_test_rope_mixed_ape', 'vit_test_ape']
+MODELS = [f'vit_test_rope_{name}' for name in [*list_ropes(), 'mixed_ape', 'vit5']] + ['vit_test_ape']
 SWIN = 'swin_test_rope_mixed_rpb'
 TOO_SLOW = ('test_swin_family_compile_resize_guards', 'test_swin_family_script_after_resize')  # half of a Swin's time
 

@@ -100,6 +100,44 @@ def test_spiral_weights_alone_into_a_model_that_is_built():
     assert agree(model, x, foreign.forward_spiral(checkpoint, x))
 
 
+@pytest.mark.parametrize('registers', [4, 9])
+def test_vit5(registers, tmp_path):
+    checkpoint = foreign.vit5(registers=registers)
+    sizes = {key: SIZES[key] for key in ('embed_dim', 'depth', 'patch_size', 'num_classes')}
+    more = {} if registers == 4 else dict(reg_tokens=9, rope_registers=9)
+    model = load('vit_small_rope_vit5', checkpoint, tmp_path, num_heads=2, **sizes, **more)
+    by_arguments = load('vit_small_rope_axial_ape', checkpoint, tmp_path, **sizes)  # the file tells the rest
+    assert model.rope.reference_grid.tolist() == [4, 4] and model.patch_embed.img_size == (32, 32)
+    assert by_arguments.rope.options == model.rope.options and model.num_prefix_tokens == 1 + registers
+    for size in (32, 32), (48, 80), (16, 64):
+        x = torch.randn(2, 3, *size)
+        expected = foreign.forward_vit5(checkpoint, x)
+        assert agree(model, x, expected) and agree(by_arguments, x, expected), size
+        assert not agree(model, x, foreign.forward_vit5(checkpoint, x, 'model_ema')), 'the raw weights are evaluated'
+    with torch.no_grad():
+        built_for = load('vit_small_rope_vit5', checkpoint, tmp_path, num_heads=2, **sizes, **more)
+        built_for.set_input_size((48, 80))
+        x = torch.randn(1, 3, 48, 80)
+        assert torch.allclose(built_for(x), model(x), atol=1e-5)
+
+
+def test_vit5_by_load_state_dict():
+    checkpoint = foreign.vit5()
+    model = timm.create_model('vit_small_rope_vit5', **SIZES).eval()
+    model.load_state_dict(checkpoint['model'])
+    x = torch.randn(2, 3, 48, 32)
+    assert agree(model, x, foreign.forward_vit5(checkpoint, x))
+    for wrong, words in [
+            (dict(rope_temperature=100.), 'temperature is 10000 there and 100 here'),
+            (dict(rope_registers=0), 'registers is 4 there and 0 here'),
+            (dict(num_heads=4), r'q_norm.weight is \(64,\)'), (dict(norm_layer='layernorm'), 'missing blocks.0.norm1')]:
+        with pytest.raises(RuntimeError, match=words):
+            timm.create_model('vit_small_rope_vit5', **{**SIZES, **wrong}).load_state_dict(checkpoint['model'])
+    checkpoint['model']['blocks.1.attn.rope.freqs'] += 1
+    with pytest.raises(RuntimeError, match='frequencies that no model here computes'):
+        recognise(checkpoint)
+
+
 @pytest.mark.parametrize('share', [True, False])
 def test_liere_weights_alone_into_a_model_that_is_built(share, caplog):
     checkpoint = foreign.liere_lightning(8)

@@ -39,7 +39,9 @@ def test_the_published_tags():
     rotary = published('*rope*')
     expected = {f'vit_{size}_rope_{kind}.naver_in1k' for size in ('small', 'base', 'large')
                 for kind in ('axial', 'axial_ape', 'mixed', 'mixed_ape')}
-    assert rotary == expected | {f'vit_{size}_rope_spiral.spiral_in1k' for size in ('small', 'base', 'large')}
+    for kind in ('spiral', 'vit5'):
+        expected |= {f'vit_{size}_rope_{kind}.{kind}_in1k' for size in ('small', 'base', 'large')}
+    assert rotary == expected | {f'vit_{size}_rope_vit5.vit5_in1k_384' for size in ('base', 'large')}
     assert published('vit_*_ape*') - rotary == {
         f'vit_{size}_ape.naver_in1k' for size in ('small', 'base', 'large')}
 
@@ -47,7 +49,8 @@ def test_the_published_tags():
 @pytest.mark.parametrize('name', sorted(PUBLISHED))
 def test_a_tag_reproduces_the_published_protocol(name):
     cfg = timm.get_pretrained_cfg(name)
-    assert (cfg.crop_pct, cfg.interpolation, cfg.input_size, cfg.num_classes) == (1.0, 'bicubic', (3, 224, 224), 1000)
+    size = (3, 384, 384) if name.endswith('_384') else (3, 224, 224)
+    assert (cfg.crop_pct, cfg.interpolation, cfg.input_size, cfg.num_classes) == (1.0, 'bicubic', size, 1000)
     assert cfg.mean == timm.data.IMAGENET_DEFAULT_MEAN and cfg.std == timm.data.IMAGENET_DEFAULT_STD
     assert cfg.license and cfg.origin_url.startswith('https://github.com/') and cfg.paper_ids.startswith('arXiv:')
     organisation, _, repository = cfg.hf_hub_id.partition('/')
@@ -58,8 +61,11 @@ def test_a_tag_reproduces_the_published_protocol(name):
         assert ('mixed' in name, '_ape' in name) == ('mixed' in arch, '_ape' in arch)
         ours = sum(p.numel() for p in timm.create_model(name.partition('.')[0], device='meta').parameters())
         assert ours == sum(p.numel() for p in create_without_memory(arch).parameters())
-    data = timm.data.resolve_data_config(model=timm.create_model(name, device='meta'))
-    assert data['crop_pct'] == 1.0 and data['input_size'] == (3, 224, 224)
+    if organisation == 'FengWang3211':  # one repository of all sizes
+        assert cfg.hf_hub_filename == f'vit5_{name.split("_")[1]}_patch16_{size[1]}.pth'
+    model = timm.create_model(name, device='meta')
+    data = timm.data.resolve_data_config(model=model)
+    assert data['crop_pct'] == 1.0 and data['input_size'] == size and model.patch_embed.img_size == size[1:]
 
 
 def test_every_model_has_a_cfg_and_a_default_tag():

@@ -62,8 +62,3 @@ def one_after_another(grids: Sequence[Tuple[int, int]], start: int) -> Places:
         places.append((start, columns))
         start += rows * columns
     return places
-
-
-def take_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """Rows (B, N) of a table (..., M, W), as (B, ..., N, W)."""
-    return table.index_select(-2, rows.flatten()).unflatten(-2, rows.shape).movedim(-3, 0)

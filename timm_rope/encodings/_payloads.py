@@ -49,6 +49,12 @@ def keep_tokens(payload: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -
     return payload[:, index].transpose(0, 1)
 
 
+def take_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows (N,) or (B, N) of a table (..., M, W), as (..., N, W) or (B, ..., N, W)."""
+    taken = table.index_select(-2, rows.flatten())
+    return taken if rows.ndim == 1 else taken.unflatten(-2, rows.shape).movedim(-3, 0)
+
+
 @torch.jit.unused
 def check_rotate(x: Tensor, payload: Tensor, num_heads: int, head_dim: int, width: int) -> None:
     """Refuse queries or keys (batch, heads, N, head_dim) and a payload (..., N, W) that do not fit each other."""

@@ -1,4 +1,5 @@
 """From positions to payloads: those of all patches of a grid, or of points anywhere."""
+import math
 from typing import ClassVar, List, Optional, Tuple
 
 import torch
@@ -19,13 +20,18 @@ from ..positions.coordinates import (
 from ..positions.scaling import growth, interpolate, rescale
 from ..rotations import Rotation
 from ._cache import KeepsPayloads
-from ._payloads import per_block
+from ._payloads import per_block, take_rows
 from ._state import SavedState
 from ._usage import HasUsage
 
 # FX keeps these as single nodes; it looks for them by name in the module that calls them, so not only where they stand
-for _name in ('augment', 'grid_axes', 'growth', 'index_axis', 'per_block', 'reference_side', 'rescale'):
+for _name in (
+        'augment', 'by_image', 'grid_axes', 'growth', 'index_axis', 'per_block', 'point_axes', 'reference_side',
+        'rescale'):
     torch.fx.wrap(_name)
+
+
+PER_POINT = 8  # patches of a grid that are worth making for each point that is one, if they are cached
 
 
 class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
@@ -65,7 +71,8 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
         Coordinates are those of a grid of `extent` patches: (2, 5) is the middle of the patch in row 2 and column 5,
         (-0.5, -0.5) the upper left corner of the image, and there may be points beyond it. All patches of a grid, with
         the grid as `extent`, have the payloads of that grid: equal bits, except in blocks of LieRE above 4, where they
-        agree to rounding. Nothing is cached. Gradients reach the frequencies and the coordinates.
+        agree to rounding. Integers that are patches of `extent` are looked up in its payloads, which are cached where
+        they need no gradient; nothing else is cached. Gradients reach the frequencies and the coordinates.
 
         The rule for larger grids, the middle of the image and random coordinates in training go by `extent`, too.
 
@@ -83,19 +90,47 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
             ValueError: They are of another shape or device, or not finite (only seen in eager mode), or `extent` is no
                 such grid.
         """
-        check_coordinates(coordinates, self.freqs.device, self.dims)
+        traced = isinstance(coordinates, torch.fx.Proxy)
+        if not traced:
+            check_coordinates(coordinates, self.freqs.device, self.dims)
         if extent is not None and not torch.compiler.is_compiling():
             extent = to_grid(extent, 'extent', self.dims)
-        if self._undecided and not recording():
+        if self._undecided and not recording() and not traced:
             self._settle(extent)
+        if self._are_patches(coordinates, extent):
+            return self._look_up(coordinates, extent, num_prefix_tokens)
         grid = None if extent is None else list(extent)
         axes = point_axes(
             coordinates, grid, self.reference_grid, self.freqs, self.coords, self.span, self.centered, self.offset)
         prefix, table = self._tables(axes, grid, True)
-        table = table[:, :, 1:-1]  # without the ends of the grid
-        if coordinates.ndim == 3:
-            prefix, table = prefix.unsqueeze(1), table.unflatten(2, coordinates.shape[:2]).transpose(1, 2)
-        return per_block(prefix, table, num_prefix_tokens, self.depth, self.register_side * self.register_side)
+        parts = by_image(prefix, table[:, :, 1:-1], coordinates)  # without the ends of the grid
+        return per_block(parts[0], parts[1], num_prefix_tokens, self.depth, self.register_side * self.register_side)
+
+    def _are_patches(self, coordinates: Tensor, extent: Optional[Grid]) -> bool:
+        """Whether points are patches of their grid, and enough of them to make its payloads for."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not plain(coordinates, self.reference_grid):
+            return False
+        if coordinates.is_floating_point() or (self._augmented and self.training):
+            return False
+        grid = extent or read_grid(self.reference_grid, 'reference_grid', self.dims)
+        kept = not (torch.is_grad_enabled() and self.freqs.requires_grad)
+        if math.prod(grid) > coordinates.numel() // self.dims * (PER_POINT if kept else 1):
+            return False
+        last = torch.tensor([side - 1 for side in grid], device=coordinates.device)
+        return bool(((coordinates >= 0) & (coordinates <= last)).all())
+
+    def _look_up(self, coordinates: Tensor, extent: Optional[Grid], num_prefix_tokens: int) -> List[Tensor]:
+        """Rows of the payloads of the whole grid."""
+        grid = extent or read_grid(self.reference_grid, 'reference_grid', self.dims)
+        places = torch.zeros_like(coordinates[..., 0], dtype=torch.long)
+        for axis, side in enumerate(grid):
+            places = places * side + coordinates[..., axis].long()
+        ahead = torch.arange(num_prefix_tokens, device=places.device).expand(*places.shape[:-1], -1)
+        places = torch.cat((ahead, places + num_prefix_tokens), dim=-1)
+        tables = self(grid, num_prefix_tokens)
+        if tables[0] is tables[-1]:
+            return [take_rows(tables[0], places)] * self.depth
+        return [take_rows(table, places) for table in tables]
 
     def _settle(self, extent: Optional[Grid]) -> None:
         """In a training step, decide the grid that the coordinates are in units of."""
@@ -140,6 +175,13 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
                 return self.rotation.table_nd(freqs, axes)
         x = axes[1]
         return self.rotation.table(freqs, axes[0], x.unsqueeze(1) if points else x)  # points: a grid of one column
+
+
+def by_image(prefix: Tensor, table: Tensor, coordinates: Tensor) -> Tuple[Tensor, Tensor]:
+    """Payloads (L, H, 1, W) and (L, H, points, W); of points of each image (L, 1, H, 1, W) and (L, B, H, N, W)."""
+    if coordinates.ndim == 3:
+        return prefix.unsqueeze(1), table.unflatten(2, coordinates.shape[:2]).transpose(1, 2)
+    return prefix, table
 
 
 def check_coordinates(coordinates: Tensor, device: torch.device, dims: int) -> None:

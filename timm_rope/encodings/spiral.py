@@ -26,7 +26,6 @@ class Spiral(RotaryEncoding, name='spiral'):
     This is the channel layout of the published weights. A head_dim that is a multiple of 4 K gives every direction the
     same number of channels; with a head_dim of 2 K times an odd number some directions get none. Nothing is learned,
     all heads and layers share the angles. Exactly relative unless clamped. Larger grids extrapolate to higher indices.
-    Only for images: its directions are steps of an angle in the plane, and the paper names none of space.
 
     Args:
         directions: K, even; head_dim must be a multiple of 2 K, it has no unrotated rest. 16 as the paper; if it is not

@@ -20,7 +20,8 @@ from timm.models.naflexvit import create_attention_mask, global_pool_naflex
 from torch import Tensor, nn
 
 from .._checks import check_flag
-from ..encodings._many import Places, one_after_another, take_rows
+from ..encodings._many import Places, one_after_another
+from ..encodings._payloads import take_rows
 from .patch_batch import PatchBatch, choose_patches, gather, read_shapes
 from .vit import RopeVisionTransformer
 
@@ -45,13 +46,15 @@ class RopeNaFlexVit(RopeVisionTransformer):
         *args: As `RopeVisionTransformer`.
         patchify_channels_last: Whether the colours of a pixel lie next to each other in a flattened patch, as the
             loader does by default; False for its `patchify_channels_last=False`.
+        use_naflex: True, the argument of `create_model` that asks for this class.
         **kwargs: As `RopeVisionTransformer`.
 
     Raises:
         TypeError: An `embed_layer` that does not cut images into patches by one convolution.
     """
 
-    def __init__(self, *args: Any, patchify_channels_last: bool = True, **kwargs: Any) -> None:
+    def __init__(
+            self, *args: Any, patchify_channels_last: bool = True, use_naflex: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.patchify_channels_last = check_flag(patchify_channels_last, 'patchify_channels_last')
         if not isinstance(self.patch_embed, PatchEmbed):

@@ -1,4 +1,4 @@
-"""`vit_{tiny,small,base,large}_rope_{encoding}[_ape]` and the baseline `vit_{size}_ape`.
+"""`vit_{tiny,small,base,large}_rope_{encoding}[_ape]`, the baseline `vit_{size}_ape`, and `vit_{size}_rope_vit5`.
 
 The table SIZES x encodings below is all there is; `register` makes each cell a function that timm can register, pickle
 can find and help() can show. A new encoding gets its models from the registry.
@@ -27,6 +27,10 @@ SIZES: Dict[str, Dict[str, int]] = {
     'base': dict(embed_dim=768, depth=12, num_heads=12),
     'large': dict(embed_dim=1024, depth=24, num_heads=16),
 }
+# what ViT-5 changes: normed queries and keys, four registers with places of their own, no qkv bias
+VIT5: Dict[str, Any] = dict(
+    rope_encoding='axial', rope_temperature=1e4, rope_registers=4, reg_tokens=4, pos_embed='learn', qkv_bias=False,
+    qk_norm=True, norm_layer='rmsnorm', drop_path_uniform=True)
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
@@ -41,6 +45,8 @@ def _model_args() -> Dict[str, Dict[str, Any]]:
         for encoding in list_ropes():
             args[f'vit_{size}_rope_{encoding}'] = dict(common, rope_encoding=encoding, pos_embed='none')
             args[f'vit_{size}_rope_{encoding}_ape'] = dict(common, rope_encoding=encoding, pos_embed='learn')
+        if size != 'tiny':
+            args[f'vit_{size}_rope_vit5'] = dict(common, **VIT5)
         args[f'vit_{size}_ape'] = dict(common, rope_encoding='none', pos_embed='learn')
     return args
 
@@ -53,6 +59,13 @@ SPIRAL = dict(
     origin_url='https://github.com/huajianduzhuo-code/Spiral_RoPE',
     paper_name='Spiral RoPE: Rotate Your Rotary Positional Embeddings in the 2D Plane',
     paper_ids='arXiv:2602.03227',
+)
+VIT5_CFG = dict(
+    hf_hub_id='FengWang3211/ViT-5',
+    license='apache-2.0',  # of the repository that links the weights; their own card could not be read
+    origin_url='https://github.com/wangf3014/ViT-5',
+    paper_name='ViT-5: Vision Transformers for The Mid-2020s',
+    paper_ids='arXiv:2602.08071',
 )
 
 
@@ -69,6 +82,9 @@ def _published() -> Dict[str, Dict[str, Any]]:
             hf_hub_id=f'naver-ai/deit_{size}_patch16_LS', **NAVER, license='bsd-3-clause')
         cfgs[f'vit_{size}_rope_spiral.spiral_in1k'] = _cfg(
             hf_hub_filename=f'deit_{size}_patch16_LS_rms_rope/checkpoint.pth', **SPIRAL)
+        for pixels, tag in ((224, 'vit5_in1k'), (384, 'vit5_in1k_384'))[:1 + (size != 'small')]:
+            cfgs[f'vit_{size}_rope_vit5.{tag}'] = _cfg(
+                hf_hub_filename=f'vit5_{size}_patch16_{pixels}.pth', input_size=(3, pixels, pixels), **VIT5_CFG)
     return cfgs
 
 
@@ -88,6 +104,7 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> 'RopeVisionTr
     use_naflex = kwargs.pop('use_naflex', None)
     if check_flag(naflex_by_default() if use_naflex is None else use_naflex, 'use_naflex'):
         from .naflex import RopeNaFlexVit as model_cls
+        kwargs['use_naflex'] = True  # noted with the weights
     feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
     return build(model_cls, fit, name, MODEL_ARGS[name], feature_cfg, pretrained, **kwargs)
 
@@ -100,6 +117,8 @@ def _describe(name: str) -> str:
     else:
         encoding = ENCODINGS[args['rope_encoding']]
         what = f'the rotary encoding {encoding.name!r} ({encoding.source}){ape}'
+        if name.endswith('_vit5'):
+            what += ', registers and normed queries and keys as ViT-5 (arXiv 2602.08071)'
     return (
         f'ViT-{name.split("_")[1].capitalize()}/16 with {what}.\n\n'
         f'{args["embed_dim"]} wide, {args["depth"]} blocks, {args["num_heads"]} heads, built for 224 x 224, takes any '

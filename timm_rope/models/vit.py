@@ -24,6 +24,7 @@ from ..weights.fit_vit import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed
 from .attention import RopeBlock
 from .block_positions import TakesTokens, place
+from .mlps import get_mlp
 from .norms import get_norm
 from .patch_embed import GridPatchEmbed, new_sizes, to_image_size, to_size
 from .plain_vit import PlainVisionTransformer, check_arguments
@@ -63,7 +64,8 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
         dtype: Dtype of all tensors but the encoding's, which stay float32 or float64.
         **kwargs: Options of the encoding with the prefix `rope_` (`rope_reference_grid` overrides the grid of
             `img_size`; `rope_scaling` and `rope_log_n` say what happens on larger grids, `rope_shift`, `rope_jitter`
-            and `rope_rescale` augment coordinates in training), and all other arguments of timm's VisionTransformer.
+            and `rope_rescale` augment coordinates in training), and all other arguments of timm's VisionTransformer;
+            `mlp_layer` may be 'swiglu'.
 
     Raises:
         ValueError: A size or option that cannot work; names the argument and what would be right.
@@ -112,6 +114,8 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
             return RopeBlock(rotation=None if rope is None else rope.rotation, **block_kwargs)
 
         kwargs.setdefault('embed_layer', GridPatchEmbed)
+        if 'mlp_layer' in kwargs:
+            kwargs['mlp_layer'] = get_mlp(kwargs['mlp_layer'])
         super().__init__(
             img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
             pos_embed=pos_embed, no_embed_class=no_embed_class, dynamic_img_size=dynamic_img_size,

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
+import timm
+
 from .files import sha256_of
 from .hub import HubError, fetch
 from .hub_cache import verify
 from .pretrained import find_weights
 
-HUB = 'hf-hub:'
+HUB, TIMM = 'hf-hub:', 'timm:'
 # of a config.json, what says how images are prepared; its licence is not read: timm writes that of the architecture
 DATA_KEYS = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
 # of the arguments of a train.py, which may come from anywhere, what is taken apart
@@ -43,11 +45,13 @@ class Origin:
         name: What a reader can find it by: 'hf-hub:org/name@revision, file' or the name of a local file.
         repo_id: Of the Hub, without the revision; '' for local files.
         config: Of the config.json beside it.
+        license: As timm notes it for weights of its own; None if it is not known.
     """
     path: Path
     name: str
     repo_id: str = ''
     config: Config = field(default_factory=Config)
+    license: Optional[str] = None
 
     def sha256(self) -> str:
         """Hash of the file, 64 hexadecimal digits."""
@@ -58,13 +62,16 @@ def find_origin(source: str, filename: Optional[str] = None) -> Origin:
     """Find the weight file that is meant; from the Hub it is downloaded and verified.
 
     Args:
-        source: A weight file, a folder with one, or 'hf-hub:org/name[@revision]'.
+        source: A weight file, a folder with one, 'hf-hub:org/name[@revision]', or 'timm:NAME[.TAG]' for weights that
+            timm publishes for one of its models.
         filename: File in the folder or repository; default: model.safetensors first.
 
     Raises:
         ValueError: Nothing of the kind, a folder where several files could be meant, a malformed name or config.json.
         RuntimeError: It cannot be had from the Hub, or is corrupt.
     """
+    if source.startswith(TIMM):
+        return _published_by_timm(source[len(TIMM):], filename)
     if source.startswith(HUB):
         repo_id = source[len(HUB):]
         path = fetch(repo_id, filename)
@@ -87,6 +94,21 @@ def find_origin(source: str, filename: Optional[str] = None) -> Origin:
         hint = f"; for a repository of the Hub write '{HUB}{source}'" if source.count('/') == 1 else ''
         raise ValueError(f'There is no weight file {path}{hint}.')
     return Origin(path, path.name, config=read_config(path.parent / 'config.json'))
+
+
+def _published_by_timm(name: str, filename: Optional[str]) -> Origin:
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ValueError(f'{TIMM}{name}: {error}') from None
+    if cfg is None or not cfg.hf_hub_id:
+        raise ValueError(f'timm publishes no weights of {name!r} on the Hub.')
+    origin = find_origin(f'{HUB}{cfg.hf_hub_id}', filename or cfg.hf_hub_filename)
+    if not origin.config.architecture:
+        data = {key: value for key, value in cfg.to_dict().items() if key in DATA_KEYS and value is not None}
+        origin.config = Config(name.partition('.')[0], data=data)
+    origin.license = cfg.license
+    return origin
 
 
 def read_config(path: Path) -> Config:

@@ -77,6 +77,8 @@ def match(
     encoding = weights.encoding
     if named in models:
         model = model or named
+    elif weights.timm_model is not None:
+        config = {}  # which the layout has looked at
     else:
         config, told = ask_timm(weights.tensors['patch_embed.proj.weight'].shape[0], named, config)
         encoding = told or encoding
@@ -91,7 +93,7 @@ def match(
         known.setdefault('num_heads', sizes['num_heads'])
     ape = 'learn' if has_ape(weights) else 'none'
     if not model:
-        wanted = {**sizes, 'pos_embed': known.get('pos_embed', ape)}
+        wanted = {**sizes, 'pos_embed': known.get('pos_embed', ape), 'rope_registers': known.get('rope_registers', 0)}
         model = _choose(weights, given.get('rope_encoding', encoding), wanted, models)
         known.setdefault('pos_embed', ape)
     preset = models.get(model.partition('.')[0])
@@ -142,6 +144,7 @@ def _choose(
         depth = 'depths' if stages else 'depth'
         return (
             args.get('pos_embed', 'none') != wanted['pos_embed'],
+            args.get('rope_registers', 0) != wanted['rope_registers'],
             args.get('rel_pos_bias', False) != wanted.get('rel_pos_bias', False),
             abs(math.log(args['embed_dim'] / wanted['embed_dim'])),
             abs(sum(_tuple(args[depth])) - sum(_tuple(wanted[depth]))))

@@ -18,10 +18,10 @@ from ...positions.coordinates import read_grid
 from ...weights.files import read_weights
 from ...weights.fit_swin import fit as fit_swin
 from ...weights.fit_vit import fit
-from ...weights.layouts import Weights, find_layout, recognise
+from ...weights.layouts import Weights, find_eva, find_layout, recognise
 from ...weights.layouts.base import unwrap
-from ...weights.origin import HUB, Origin, find_origin, training_config
-from .architecture import Architecture, match
+from ...weights.origin import HUB, TIMM, Origin, find_origin, training_config
+from .architecture import Architecture, known_models, match
 from .hub_folder import CheckFailed, check_target, clean_exit, new_folder, verify, write_model
 from .model_card import check_license, grouped, write_card
 from .originals import compare, find_original
@@ -34,7 +34,8 @@ TOLERANCE = 1e-4  # of logits, relative to the largest one; float32 rounding is 
 # -- the command
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('source', metavar='IN', help=f'weight file, folder with one, or {HUB}org/name[@revision]')
+    parser.add_argument('source', metavar='IN', help=f'weight file, folder with one, {HUB}org/name[@revision], or '
+                        f'{TIMM}NAME.TAG, weights that timm publishes')
     parser.add_argument('out', metavar='OUT', help='folder to write; must not exist or be empty')
     parser.add_argument('--filename', metavar='NAME', help='weight file in the folder or repository IN')
     parser.add_argument('--model', default='', metavar='NAME',
@@ -104,7 +105,7 @@ def convert(
     """Convert a checkpoint of any known layout to a folder for timm and the Hub.
 
     Args:
-        source: Weight file, folder with one, or 'hf-hub:org/name[@revision]'.
+        source: Weight file, folder with one, 'hf-hub:org/name[@revision]', or 'timm:NAME[.TAG]'.
         out: Folder that does not exist or is empty.
         filename: Weight file in the folder or repository.
         model: Name of the model, where the file does not tell; a tag says that these are the published weights.
@@ -135,16 +136,19 @@ def convert(
     if origin.path.resolve().is_relative_to(target):
         raise ValueError(f'out must not be the folder of the weights, {target} holds {origin.path.name}.')
     checkpoint = read_weights(origin.path)
-    weights = recognise(checkpoint)
     if not origin.config.architecture:
         origin.config = training_config(checkpoint)
+    theirs = model.partition('.')[0]
+    if theirs and theirs not in known_models() and find_eva(theirs, {}):
+        origin.config.architecture, model = theirs, ''
+    weights = recognise(checkpoint, find_eva(origin.config.architecture, origin.config.model_args))
     config = dict(origin.config.model_args)
     if origin.config.architecture:
         config.update(architecture=origin.config.architecture, input_size=origin.config.data.get('input_size'))
     model = model or published_model(origin, filename)
     arch = match(weights, model, model_args, size, {k: v for k, v in config.items() if v is not None})
     given = dict(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
-    cfg = pretrained_cfg(arch, origin, {k: v for k, v in given.items() if v is not None}, license)
+    cfg = pretrained_cfg(arch, origin, {k: v for k, v in given.items() if v is not None}, license or origin.license)
     built = _build(arch, cfg, weights)
     state = built.state_dict()
     left_out = dict(weights.left_out)

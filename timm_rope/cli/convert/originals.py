@@ -1,7 +1,9 @@
 """Logits of a checkpoint in its original model, where timm has an implementation of it that is not ours."""
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Dict, Optional, Tuple
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.eva import Eva
@@ -57,6 +59,14 @@ def find_original(weights: Weights, tensors: Dict[str, Tensor], model: nn.Module
         None where no implementation but ours is at hand.
     """
     ours: Any = model
+    if weights.timm_model is not None:
+        name, given = weights.timm_model[0], {k: v for k, v in weights.timm_model[1].items() if k != 'img_size'}
+        own = {key: value.float() for key, value in tensors.items() if key not in weights.left_out}
+        return Original(
+            f"timm's {name}", True, partial(timm.create_model, name), own,
+            {**given, 'patch_size': ours.patch_embed.patch_size, 'in_chans': ours.patch_embed.proj.in_channels,
+             'num_classes': ours.num_classes},
+            tuple(ours.patch_embed.grid_size), 0 if ours.no_embed_class else ours.num_prefix_tokens)
     if weights.layout not in (NaverVit.name, TimmEva.name, TimmVit.name):
         return None
     block, known = ours.blocks[0], ours._model_args

@@ -23,7 +23,7 @@ def open_images(folder: Path) -> Any:
     """Dataset of a folder with one folder for each class, or with such a folder called val or validation.
 
     Raises:
-        ValueError: No folder, no images in it, or images of a single class.
+        ValueError: No folder, no images in it, images to train with alone, or images of a single class.
     """
     if not folder.is_dir():
         raise ValueError(f'{folder} is no folder: expected one with a folder of images for each class.')
@@ -31,6 +31,9 @@ def open_images(folder: Path) -> Any:
         dataset = create_dataset('', root=str(folder), split='validation')
     except RuntimeError as error:
         raise ValueError(f'{folder} holds no images in folders, one for each class: {error}') from None
+    if Path(dataset.reader.root) == folder and any(path.is_dir() for path in folder.glob('train/*')):
+        # timm takes all images for a set that has no folder
+        raise ValueError(f'{folder} holds train and no val or validation: name the folder that is to be evaluated.')
     classes = dataset.reader.class_to_idx
     if len(classes) < 2:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The one place that understands how others name their weights."""
 import logging
 import re
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional, Sequence
 
 from .base import Layout as Layout
 from .base import Weights as Weights
@@ -13,14 +13,18 @@ from .naver import NaverVit as NaverVit
 from .naver import TimmEva as TimmEva
 from .naver import is_trained as is_trained
 from .spiral import SpiralDeit
+from .timm_eva import TimmEvaAxial as TimmEvaAxial
+from .timm_eva import find_eva as find_eva
 from .timm_swin import OurSwin, TimmSwin
 from .timm_vit import Ours as Ours
 from .timm_vit import TimmVit as TimmVit
+from .vit5 import ViT5
 
 _logger = logging.getLogger(__name__)
 
-LAYOUTS: List[Layout] = [
-    Ours(), TimmEva(), NaverVit(), NaverSwin(), OurSwin(), TimmSwin(), SpiralDeit(), LieREVit(), TimmVit()]
+LAYOUTS: Sequence[Layout] = [
+    Ours(), TimmEva(), NaverVit(), NaverSwin(), OurSwin(), TimmSwin(), SpiralDeit(), ViT5(), LieREVit(),
+    TimmVit(), TimmEvaAxial()]
 
 
 def find_layout(tensors: Dict[str, Any]) -> Optional[Layout]:
@@ -28,11 +32,12 @@ def find_layout(tensors: Dict[str, Any]) -> Optional[Layout]:
     return next((layout for layout in LAYOUTS if not layout.differences(tensors)), None)
 
 
-def recognise(checkpoint: Any) -> Weights:
+def recognise(checkpoint: Any, known: Optional[Layout] = None) -> Weights:
     """Say what a checkpoint is and bring it into our keys. Tensors are shared, not copied, where they keep their shape.
 
     Args:
         checkpoint: State dict of any known layout, or what a trainer saved around one.
+        known: The layout, where somebody named the model.
 
     Returns:
         The weights, what they are, and what was left out.
@@ -41,9 +46,10 @@ def recognise(checkpoint: Any) -> Weights:
         RuntimeError: It fits no layout; lists how it differs from the nearest ones.
     """
     tensors, average, extra = unwrap(checkpoint)
-    layout = find_layout(tensors)
+    layouts = LAYOUTS if known is None else [known]
+    layout = next((each for each in layouts if not each.differences(tensors)), None)
     if layout is None:
-        differences = {other.name: other.differences(tensors) for other in LAYOUTS}
+        differences = {other.name: other.differences(tensors) for other in layouts}
         fewest = min(map(len, differences.values()))
         nearest = '; '.join(f'{name} ({first(d)})' for name, d in differences.items() if len(d) == fewest)
         raise RuntimeError(

@@ -6,6 +6,7 @@ the dicts and prefixes that trainers put around them.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
+import torch
 from torch import Tensor
 
 from ...encodings import ENCODINGS
@@ -27,6 +28,7 @@ class Weights:
         model_args: Constructor arguments that differ from those of our models of the same size.
         ask: Constructor argument that must be chosen -> why the checkpoint leaves it open.
         left_out: Key of the checkpoint -> why no model needs it.
+        timm_model: Name and arguments of timm's model of the same function, where it was named.
     """
     layout: str
     tensors: Dict[str, Tensor]
@@ -34,6 +36,7 @@ class Weights:
     model_args: Dict[str, Any] = field(default_factory=dict)
     ask: Dict[str, str] = field(default_factory=dict)
     left_out: Dict[str, str] = field(default_factory=dict)
+    timm_model: Optional[Tuple[str, Dict[str, Any]]] = None
 
 
 class Layout:
@@ -132,6 +135,48 @@ def rename(tensors: Dict[str, Tensor], *pairs: Tuple[str, str]) -> Dict[str, Ten
         for old, new in pairs:
             key = key.replace(old, new)
         out[key] = value
+    return out
+
+
+def series_of(freqs: Tensor) -> Tuple[float, float]:
+    """Scale and temperature of frequencies scale * temperature^(-g / G), g = 0 .. G - 1.
+
+    Raises:
+        RuntimeError: They are no such series.
+    """
+    freqs = freqs.double()
+    scale, groups = float(freqs[0]), len(freqs)
+    temperature = float((freqs[0] / freqs[-1]) ** (groups / max(groups - 1, 1)))
+    expected = scale * temperature ** (-torch.arange(groups, dtype=freqs.dtype, device=freqs.device) / groups)
+    if not torch.allclose(freqs, expected, rtol=1e-4):
+        raise RuntimeError(f'Frequencies {freqs.tolist()} are no geometric series, no model here computes them.')
+    return float(f'{scale:.4g}'), float(f'{temperature:.4g}')
+
+
+def interleaved(head_dim: int, half: bool, y_first: bool) -> Tensor:
+    """Where the channels of a head of `axial` are in one of another project.
+
+    Args:
+        head_dim: Channels of a head, a multiple of 4.
+        half: Whether a pair there is channels k and k + head_dim / 2, instead of 2 k and 2 k + 1.
+        y_first: Whether the first pairs there turn with y.
+    """
+    if head_dim % 4:
+        raise RuntimeError(f'Heads of {head_dim} channels, no multiple of 4, are divided otherwise there than here.')
+    channels = torch.arange(head_dim)
+    pairs = channels.view(2, -1).T if half else channels.view(-1, 2)
+    return (pairs.roll(head_dim // 4, 0) if y_first else pairs).flatten()
+
+
+def reorder_heads(tensors: Dict[str, Tensor], order: Tensor) -> Dict[str, Tensor]:
+    """Another order of the channels of each head, of queries and keys alike: their products stay the same."""
+    out, head_dim = dict(tensors), len(order)
+    for key, value in tensors.items():
+        if key.endswith(('.attn.qkv.weight', '.attn.qkv.bias')):
+            q, k, v = (part.unflatten(0, (-1, head_dim)) for part in value.chunk(3))
+            out[key] = torch.cat((q[:, order], k[:, order], v)).flatten(0, 1)
+        elif key.endswith(('.attn.q_norm.weight', '.attn.k_norm.weight', '.attn.q_norm.bias', '.attn.k_norm.bias')):
+            out[key] = value[order]
     return out
 
 

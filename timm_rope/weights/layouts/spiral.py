@@ -6,7 +6,7 @@ from typing import Any, Dict
 import torch
 from torch import Tensor
 
-from .base import Layout, Weights, rename, signature
+from .base import Layout, Weights, rename, series_of, signature
 from .naver import layer_scale
 
 BUFFER = '.attn.rope.freqs'
@@ -26,28 +26,26 @@ class SpiralDeit(Layout):
         buffers = {key: value for key, value in tensors.items() if key.endswith(BUFFER)}
         out = layer_scale(rename({k: v for k, v in tensors.items() if k not in buffers}, ('.scale', '.weight')))
 
-        freqs = buffers[f'blocks.0{BUFFER}'].double()
-        if any(not torch.equal(freqs, other.double()) for other in buffers.values()):
+        freqs = buffers[f'blocks.0{BUFFER}']
+        if any(not torch.equal(freqs, other) for other in buffers.values()):
             raise RuntimeError(f'{self.name}: the blocks have different frequencies, which no model here computes.')
-        scale, groups = float(freqs[0]), len(freqs)
-        temperature = float((freqs[0] / freqs[-1]) ** (groups / max(groups - 1, 1)))
-        expected = scale * temperature ** (-torch.arange(groups, dtype=freqs.dtype, device=freqs.device) / groups)
         args = extra.get('args')
         args = args if isinstance(args, dict) else getattr(args, '__dict__', {})
-        if not torch.allclose(freqs, expected, rtol=1e-4) or args.get('same_theta') or args.get('truncate_percentage'):
+        scale, temperature = series_of(freqs)
+        if args.get('same_theta') or args.get('truncate_percentage'):
             raise RuntimeError(
-                f'{self.name}: frequencies {freqs.tolist()} are no geometric series (same_theta='
-                f'{args.get("same_theta")}, truncate_percentage={args.get("truncate_percentage")}): not supported.')
+                f'{self.name}: frequencies with same_theta={args.get("same_theta")}, truncate_percentage='
+                f'{args.get("truncate_percentage")} are no geometric series: not supported.')
         if re.search(r'_rms\d+h', str(args.get('model', ''))):
             raise RuntimeError(f'{self.name}: {args["model"]} normalises per head, which no model here does.')
 
-        options: Dict[str, Any] = dict(temperature=float(f'{temperature:.4g}'), scale=float(f'{scale:.4g}'), clamp=True)
+        options: Dict[str, Any] = dict(temperature=temperature, scale=scale, clamp=True)
         side = math.isqrt(tensors['pos_embed'].shape[1])
         patch = tensors['patch_embed.proj.weight'].shape[-1]
         weights = Weights(
             self.name, out, encoding='spiral',
             model_args=dict(
-                num_heads=tensors['patch_embed.proj.weight'].shape[0] // (4 * groups), norm_layer='spiral_rms',
+                num_heads=tensors['patch_embed.proj.weight'].shape[0] // (4 * len(freqs)), norm_layer='spiral_rms',
                 pos_embed='learn', img_size=side * patch,
                 **{f'rope_{k}': v for k, v in options.items()}),
             left_out=dict.fromkeys(buffers, 'frequencies, which the encoding computes'))
