@@ -248,7 +248,7 @@ def test_bad_configs(text, words, convert):
 
 def test_a_rotation_that_is_not_ours_is_refused(convert):
     args = dict(SIZES, rope_grid_indexing='ij')
-    theirs = timm.create_model('vit_small_patch16_rope_224', **args)
+    theirs = timm.create_model('vit_small_patch16_rope_mixed_224', **args)
     save_for_hf(theirs, 'theirs', safe_serialization=True, model_args=args)
     config = json.loads(Path('theirs/config.json').read_text())
     assert config['model_args']['rope_grid_indexing'] == 'ij'

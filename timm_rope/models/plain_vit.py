@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_integer
 from .._timm import VisionTransformer, resample_abs_pos_embed
+from .mlps import get_mlp
 
 # traced graphs keep it as a single node
 torch.fx.wrap('resample_abs_pos_embed')
@@ -20,7 +21,9 @@ WEIGHT_INITS = ('', 'jax', 'jax_nlhb', 'moco', 'reset', 'skip', 'naver')
 def check_arguments(
         embed_dim: Any, depth: Any, num_heads: Any, pos_embed: Any, weight_init: Any, kwargs: Dict[str, Any],
 ) -> None:
-    """Refuse arguments of the constructor that cannot work, before anything is built."""
+    """Refuse arguments of the constructor that cannot work, before anything is built; an MLP may be named."""
+    if 'mlp_layer' in kwargs:
+        kwargs['mlp_layer'] = get_mlp(kwargs['mlp_layer'])
     for name in ('block_fn', 'attn_layer'):
         if name in kwargs:
             raise TypeError(f'{name} is set by RopeVisionTransformer and cannot be given.')

@@ -24,7 +24,6 @@ from ..weights.fit_vit import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed
 from .attention import RopeBlock
 from .block_positions import TakesTokens, place
-from .mlps import get_mlp
 from .norms import get_norm
 from .patch_embed import GridPatchEmbed, new_sizes, to_image_size, to_size
 from .plain_vit import PlainVisionTransformer, check_arguments
@@ -114,8 +113,6 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
             return RopeBlock(rotation=None if rope is None else rope.rotation, **block_kwargs)
 
         kwargs.setdefault('embed_layer', GridPatchEmbed)
-        if 'mlp_layer' in kwargs:
-            kwargs['mlp_layer'] = get_mlp(kwargs['mlp_layer'])
         super().__init__(
             img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
             pos_embed=pos_embed, no_embed_class=no_embed_class, dynamic_img_size=dynamic_img_size,

@@ -77,8 +77,6 @@ def match(
     encoding = weights.encoding
     if named in models:
         model = model or named
-    elif weights.timm_model is not None:
-        config = {}  # which the layout has looked at
     else:
         config, told = ask_timm(weights.tensors['patch_embed.proj.weight'].shape[0], named, config)
         encoding = told or encoding

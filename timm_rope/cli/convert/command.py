@@ -18,7 +18,7 @@ from ...positions.coordinates import read_grid
 from ...weights.files import read_weights
 from ...weights.fit_swin import fit as fit_swin
 from ...weights.fit_vit import fit
-from ...weights.layouts import Weights, find_eva, find_layout, recognise
+from ...weights.layouts import Layout, Weights, find_eva, find_layout, recognise
 from ...weights.layouts.base import unwrap
 from ...weights.origin import HUB, TIMM, Origin, find_origin, training_config
 from .architecture import Architecture, known_models, match
@@ -136,15 +136,11 @@ def convert(
     if origin.path.resolve().is_relative_to(target):
         raise ValueError(f'out must not be the folder of the weights, {target} holds {origin.path.name}.')
     checkpoint = read_weights(origin.path)
-    if not origin.config.architecture:
-        origin.config = training_config(checkpoint)
-    theirs = model.partition('.')[0]
-    if theirs and theirs not in known_models() and find_eva(theirs, {}):
-        origin.config.architecture, model = theirs, ''
-    weights = recognise(checkpoint, find_eva(origin.config.architecture, origin.config.model_args))
-    config = dict(origin.config.model_args)
-    if origin.config.architecture:
-        config.update(architecture=origin.config.architecture, input_size=origin.config.data.get('input_size'))
+    model, layout = _named(model, origin, checkpoint)
+    weights = recognise(checkpoint, layout)
+    config: Dict[str, Any] = dict(input_size=origin.config.data.get('input_size'))
+    if origin.config.architecture and weights.timm_model is None:  # else the layout has read what it says
+        config.update(origin.config.model_args, architecture=origin.config.architecture)
     model = model or published_model(origin, filename)
     arch = match(weights, model, model_args, size, {k: v for k, v in config.items() if v is not None})
     given = dict(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
@@ -154,7 +150,7 @@ def convert(
     left_out = dict(weights.left_out)
     if 'pos_embed' in weights.tensors and 'pos_embed' not in state:
         left_out['pos_embed'] = 'not trained, and not used by the model'
-    originals, average = _used_tensors(checkpoint)
+    originals, average = _used_tensors(checkpoint, layout)
     facts = _facts(arch, built, weights)
     for line in (str(origin.path), *_report({**facts, **average}, left_out, arch.assumed)):
         say(line)
@@ -171,6 +167,16 @@ def convert(
             _check_logits(folder, weights, originals, built, say)
     say(f'{target} holds the converted model.')
     return target
+
+
+def _named(model: str, origin: Origin, checkpoint: Dict[str, Any]) -> Tuple[str, Optional[Layout]]:
+    """Our model if it is named, and the layout of the one of timm that the user or the file names."""
+    if not origin.config.architecture:
+        origin.config = training_config(checkpoint)
+    theirs = model.partition('.')[0]
+    if theirs and theirs not in known_models() and find_eva(theirs, {}):
+        origin.config.architecture, model = theirs, ''
+    return model, find_eva(origin.config.architecture, origin.config.model_args)
 
 
 def _build(arch: Architecture, cfg: Dict[str, Any], weights: Weights) -> Any:
@@ -202,10 +208,10 @@ def _line(key: str, value: str) -> str:
     return f'  {key:<18} {value}'
 
 
-def _used_tensors(checkpoint: Dict[str, Any]) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+def _used_tensors(checkpoint: Dict[str, Any], known: Optional[Layout]) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
     """The tensors in their own keys, and what to say where a file has raw and averaged ones."""
     tensors, average, _ = unwrap(checkpoint)
-    layout = find_layout(tensors)
+    layout = known or find_layout(tensors)
     if not average or layout is None:
         return tensors, {}
     if layout.prefer_average:

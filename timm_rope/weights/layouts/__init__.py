@@ -13,7 +13,6 @@ from .naver import NaverVit as NaverVit
 from .naver import TimmEva as TimmEva
 from .naver import is_trained as is_trained
 from .spiral import SpiralDeit
-from .timm_eva import TimmEvaAxial as TimmEvaAxial
 from .timm_eva import find_eva as find_eva
 from .timm_swin import OurSwin, TimmSwin
 from .timm_vit import Ours as Ours
@@ -24,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 LAYOUTS: Sequence[Layout] = [
     Ours(), TimmEva(), NaverVit(), NaverSwin(), OurSwin(), TimmSwin(), SpiralDeit(), ViT5(), LieREVit(),
-    TimmVit(), TimmEvaAxial()]
+    TimmVit()]
 
 
 def find_layout(tensors: Dict[str, Any]) -> Optional[Layout]:
@@ -52,9 +51,12 @@ def recognise(checkpoint: Any, known: Optional[Layout] = None) -> Weights:
         differences = {other.name: other.differences(tensors) for other in layouts}
         fewest = min(map(len, differences.values()))
         nearest = '; '.join(f'{name} ({first(d)})' for name, d in differences.items() if len(d) == fewest)
+        hint = '' if 'blocks.0.attn.proj.weight' not in tensors else (
+            " Keys of timm's DINOv3, EVA-02, PE or SBB tell neither coordinates nor the order of channels: convert "
+            'them by python -m timm_rope convert FILE OUT --model NAME, or with timm:NAME.TAG for FILE.')
         raise RuntimeError(
             f'The checkpoint fits none of the known layouts ({", ".join(differences)}). {_inside(tensors)}Nearest: '
-            f'{nearest}. It has {len(tensors)} tensors: {first(sorted(tensors))}.')
+            f'{nearest}. It has {len(tensors)} tensors: {first(sorted(tensors))}.{hint}')
     if average:
         used = 'averaged (EMA)' if layout.prefer_average else 'raw'
         _logger.info(f'{layout.name} checkpoint with raw and averaged weights: the {used} ones are used.')

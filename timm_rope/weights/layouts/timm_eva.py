@@ -24,28 +24,17 @@ class TimmEvaAxial(Layout):
     """Axial in another order of the channels, with what a Vision Transformer of timm can have beside it.
 
     Args:
-        name: Of the model in timm; '' for weights of which it is not known.
+        name: Of the model in timm.
         args: Its constructor arguments.
         model: The model, on the meta device.
     """
     name = 'timm Eva, fixed frequencies'
     marks = ('patch_embed.proj.weight', 'blocks.0.norm1.weight', 'blocks.0.attn.proj.weight')
 
-    def __init__(self, name: str = '', args: Optional[Dict[str, Any]] = None, model: Any = None) -> None:
-        self.timm_model, self.theirs = (name, args or {}), model
-
-    def differences(self, tensors: Dict[str, Tensor]) -> List[str]:
-        signs = ('blocks.0.gamma_1', 'blocks.0.attn.q_bias', 'blocks.0.attn.q_proj.weight', 'norm_pre.weight')
-        foreign = ['unexpected rope.freqs'] if 'rope.freqs' in tensors else []
-        return super().differences(tensors) + foreign + (
-            [] if self.theirs is not None or any(key in tensors for key in signs) else [f'missing {signs[0]}'])
+    def __init__(self, name: str, args: Dict[str, Any], model: Any) -> None:
+        self.timm_model, self.theirs = (name, args), model
 
     def convert(self, tensors: Dict[str, Tensor], extra: Dict[str, Any]) -> Weights:
-        if self.theirs is None:
-            raise RuntimeError(
-                "These weights have keys of timm's Eva, which tell neither coordinates nor the order of its channels: "
-                'convert them, with the model of timm named, by python -m timm_rope convert FILE OUT --model NAME, '
-                'or published ones by timm:NAME.TAG instead of FILE.')
         theirs = self.theirs
         width, depth = tensors['patch_embed.proj.weight'].shape[0], count_blocks(tensors)
         if (theirs.embed_dim, len(theirs.blocks)) != (width, depth):
@@ -81,6 +70,7 @@ def find_eva(name: str, args: Dict[str, Any]) -> Optional[TimmEvaAxial]:
     naver = dict(grid_indexing='xy', in_pixels=False, temperature=100., grid_offset=0., rotate_half=False,
                  ref_feat_shape=None)
     plain = theirs.reg_token is None and isinstance(theirs.fc_norm, nn.Identity) and theirs.cls_token is not None
+    plain = plain and not _halves(theirs.blocks[0].attn)
     if plain and type(rope) is RotaryEmbeddingCat and all(getattr(rope, k, v) == v for k, v in naver.items()):
         return None
     return TimmEvaAxial(name, args, theirs)
@@ -105,6 +95,8 @@ def refusals(theirs: Any) -> List[str]:
             break
     if getattr(block.attn, 'gate', None) is not None:
         found.append('gated attention')
+    if _halves(block.attn) != _halves(rope):  # before timm 1.0.31, where the rotation was always interleaved
+        found.append('pairs of channels in the attention that are none of the rotation')
     if block.attn.proj.in_features != theirs.embed_dim:
         found.append(f'heads of {block.attn.head_dim} channels in a width of {theirs.embed_dim}')
     if type(block.norm1) not in (LayerNorm, nn.LayerNorm, RmsNorm):
@@ -134,8 +126,12 @@ def rotation_of(theirs: Any) -> Tuple[Dict[str, Any], Tensor, Optional[Tuple[int
     head_dim = theirs.embed_dim // theirs.blocks[0].attn.num_heads
     defaults = ENCODINGS['axial'].defaults
     options = {key: value for key, value in options.items() if value != defaults[key]}
-    half, y_first = bool(getattr(rope, 'rotate_half', False)), rope.grid_indexing == 'ij'
-    return options, interleaved(head_dim, half, y_first), grid
+    return options, interleaved(head_dim, _halves(rope), y_first=rope.grid_indexing == 'ij'), grid
+
+
+def _halves(module: Any) -> bool:
+    """Whether a pair of channels is one of the first and one of the second half of a head."""
+    return bool(getattr(module, 'rotate_half', False))
 
 
 def structure_of(theirs: Any) -> Dict[str, Any]:
