@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._timm import resolve_model_input_args
 from ..positions.coordinates import read_grid
 from ..weights.files import read_weights, sha256_of
-from ..weights.layouts.base import unwrap
+from ..weights.layouts import unwrap
 from ..weights.origin import training_config
 from ..weights.pretrained import find_weights
 

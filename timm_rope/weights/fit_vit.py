@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..positions.coordinates import Grid, read_grid, square_grid
 from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise, signature
-from .mismatches import other_encoding, refuse_mismatches, refuse_other_structure, warm_start_hint
+from .mismatches import explain, other_encoding, refuse_mismatches, refuse_other_structure, warm_start_hint
 from .warm_start import take_over
 
 _logger = logging.getLogger(__name__)
@@ -175,17 +175,8 @@ def _pos_embed_grid(saved: Any, reference: Any, tokens: int) -> Optional[Grid]:
 
 
 def _explain(model: Any, state_dict: Dict[str, Any], prefix: str) -> str:
-    """One sentence on what differs most: encoding, width or depth."""
-    if model.rope is None and any(k.startswith(f'{prefix}rope.') for k in state_dict):
-        return 'the checkpoint holds a rotary encoding, the model has none.'
-    if model.rope is not None and not any(k.startswith(f'{prefix}rope.') for k in state_dict):
-        return f'the checkpoint holds no rotary encoding, the model has {model.rope.name!r}.'
-    if model.pos_embed is not None and f'{prefix}pos_embed' not in state_dict:
-        return 'the checkpoint has no position embedding, the model has one.'
-    stem = state_dict.get(f'{prefix}patch_embed.proj.weight')
-    if isinstance(stem, Tensor) and stem.shape[0] != model.embed_dim:
-        return f'the checkpoint is {stem.shape[0]} wide, the model {model.embed_dim}.'
     blocks = {k[len(prefix):].split('.')[1] for k in state_dict if k.startswith(f'{prefix}blocks.')}
-    if len(blocks) != len(model.blocks):
-        return f'the checkpoint has {len(blocks)} blocks, the model {len(model.blocks)}.'
-    return 'the keys do not match.'
+    return explain(
+        model, state_dict, prefix,
+        ('position embedding', f'{prefix}pos_embed' in state_dict, model.pos_embed is not None),
+        ('blocks', len(blocks), len(model.blocks)))

@@ -5,8 +5,9 @@ from typing import Any, Dict, Optional, Sequence
 
 from .base import Layout as Layout
 from .base import Weights as Weights
-from .base import first, unwrap
+from .base import first as first
 from .base import signature as signature
+from .base import unwrap as unwrap
 from .liere import LieREVit
 from .naver import NaverSwin as NaverSwin
 from .naver import NaverVit as NaverVit
@@ -67,6 +68,7 @@ def recognise(checkpoint: Any, known: Optional[Layout] = None) -> Weights:
         raise RuntimeError(
             f'The checkpoint has keys of {layout.name}, but is damaged or of no model that project published '
             f'({type(e).__name__}: {e}).') from e
+    weights.originals, weights.averaged = tensors, layout.prefer_average if average else None
     if weights.left_out:
         _logger.info(f'{layout.name} checkpoint: left out {first(sorted(weights.left_out))}.')
     return weights
