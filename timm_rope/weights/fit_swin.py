@@ -1,4 +1,7 @@
-"""What happens to weights between a checkpoint and a Swin model: nothing wrong is loaded, nothing loaded in part."""
+"""From recognised weights to a state dict that fits a Swin model, or an error that says why there is none.
+
+The same functions as in `fit_vit`; here every block has an encoding, and a relative position bias may be there too.
+"""
 import logging
 import re
 from typing import Any, Dict, Iterable, List, Tuple

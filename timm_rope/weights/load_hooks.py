@@ -1,4 +1,7 @@
-"""What every model of ours does when weights are loaded into it or saved from it."""
+"""What every model of this package does when a state dict is loaded into it or its arguments are saved.
+
+The state dict is brought into our keys and checked by the functions of the model's family, `fit_vit` or `fit_swin`.
+"""
 import copy
 from types import ModuleType
 from typing import Any, Dict
@@ -30,7 +33,7 @@ class Checkpointed:
 
     @property
     def _model_args(self) -> Dict[str, Any]:
-        """Constructor arguments that timm saves with the weights: not how they were once started."""
+        """Constructor arguments that timm saves with the weights, without how their training was once started."""
         return self.__dict__.get('_saved_model_args', {})
 
     @_model_args.setter

@@ -1,4 +1,7 @@
-"""What keeps weights from fitting a model, in the same words for every family of models."""
+"""Errors and warnings about weights that do not fit a model, in the same words for ViT and Swin.
+
+In come a model and a state dict or recognised weights; the functions raise, or return the reason as a sentence.
+"""
 import logging
 from typing import Any, Callable, Dict, Iterable, List, Tuple
 

@@ -1,4 +1,8 @@
-"""Logits of a checkpoint in its original model, where timm has an implementation of it that is not ours."""
+"""The `--check` of `convert`: are the logits of a converted model those of the model its checkpoint was made for?
+
+In come recognised weights and our model of them. Where timm has an implementation of the original, it is built with the
+tensors of the checkpoint as they are, and out comes the difference of the logits on random images.
+"""
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Dict, Optional, Tuple

@@ -1,4 +1,7 @@
-"""What timm keeps beside weights: how images are prepared, and whose weights they are, as far as that is known."""
+"""The `pretrained_cfg` of converted weights, which timm keeps beside them in config.json.
+
+It says how images are prepared and whose weights they are, as far as the user, the file or its origin tells.
+"""
 from typing import Any, Dict, Optional
 
 from timm.models import get_arch_pretrained_cfgs

@@ -1,4 +1,8 @@
-"""The one place that understands how others name their weights."""
+"""The layouts: how this and other projects name the weights in their checkpoints.
+
+In comes a checkpoint of any of them, out come `Weights`, the tensors in our keys and what is known about their model.
+`recognise` goes through the list `LAYOUTS`, so a new layout is a class in a file of its own and a line there.
+"""
 import logging
 import re
 from typing import Any, Dict, Optional, Sequence
