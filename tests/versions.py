@@ -20,8 +20,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMM = ('1.0.20', '1.0.22', '1.0.24', '1.0.26', '1.0.28', 'newest')
-CORE = ('tests/models', 'tests/weights', 'tests/test_plugin.py', *(
-    f'tests/cli/test_{name}.py' for name in ('cli', 'convert_models', 'convert_weights', 'sweep')))
+CORE = ('tests/models', 'tests/weights', 'tests/test_plugin.py', *(f'tests/cli/test_{name}.py' for name in (
+    'cli', 'convert_models', 'convert_weights', 'sweep_accuracy', 'sweep_refusals', 'sweep_results', 'sweep_rules')))
 # what a release of timm needs that newer ones do not: 1.0.20 takes huggingface_hub 2 for missing
 BESIDE = {'1.0.20': ('huggingface_hub<2',)}
 WHOLE = ('torchvision', 'numpy', 'scipy', 'scikit-learn', 'matplotlib', 'onnx', 'onnxruntime', 'onnxscript', 'pytest',

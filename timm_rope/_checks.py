@@ -1,7 +1,7 @@
 """Checks of user input. Every message names the argument, the value given and what would be right."""
 import math
 from numbers import Integral, Real
-from typing import Any, Sequence
+from typing import Any, Sequence, Tuple
 
 
 def check_integer(value: Any, name: str, minimum: int = 1) -> int:
@@ -9,6 +9,14 @@ def check_integer(value: Any, name: str, minimum: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}.')
     return int(value)
+
+
+def check_size(value: Any, name: str) -> Tuple[int, int]:
+    """(height, width) of positive integers; one integer, alone or in a list, is both."""
+    items = list(value) if isinstance(value, (tuple, list)) else [value]
+    if len(items) not in (1, 2):
+        raise ValueError(f'{name} must be an integer or (height, width), got {value!r}.')
+    return check_integer(items[0], name), check_integer(items[-1], name)
 
 
 def check_positive(value: Any, name: str) -> float:

@@ -264,6 +264,6 @@ def test_in_python(folder):
     source = save_torch(naver())
     out = command.convert(source, folder / 'out', img_size=64, model_args=dict(norm_eps=1e-5), say=lines.append)
     assert out == folder / 'out' and load(out).norm.eps == 1e-5 and any('verified' in line for line in lines)
-    with pytest.raises(ValueError, match='img_size must be one or two positive integers'):
+    with pytest.raises(ValueError, match='img_size must be an integer of at least 1, got True'):
         command.convert('weights.pth', 'other', img_size=True)
     assert not issubclass(CheckFailed, (ValueError, RuntimeError, OSError)), 'it has an exit status of its own'

@@ -140,7 +140,7 @@ def test_a_change_is_seen_without_comparing_values(change, monkeypatch):
     assert_current(rope)
 
 
-@pytest.mark.parametrize('name', ['uniform', 'spherical', 'liere'])
+@pytest.mark.parametrize('name', NAMES)
 def test_a_change_of_the_reference_grid_is_seen(name):
     rope = make(name)
     assert_current(rope)

@@ -332,7 +332,7 @@ def test_another_number_of_images_is_refused():
             rotate(torch.randn(2, 5, 192), rope.at(points(images, 5))[0], rope.rotation, 2)
 
 
-@pytest.mark.parametrize('name', ['mixed', 'spherical', 'liere', 'comrope', 'geope', 'quatro'])
+@pytest.mark.parametrize('name', NAMES)
 def test_transforms(name):
     rope, at = make(name, dtype=torch.float64, head_dim=8), points(3, 4, dtype=torch.float64)
     mapped = torch.func.vmap(lambda image: rope.at(image)[1])(at)

@@ -31,7 +31,7 @@ def inputs(name, dtype=torch.float32):
     return rope, torch.randn(2, 7, 3 * 2 * 16).to(dtype), payload
 
 
-@pytest.mark.parametrize('name', ['axial', 'mixed', 'spherical', 'liere'])
+@pytest.mark.parametrize('name', list_ropes())
 def test_operators_are_well_formed(name):
     rope, qkv, payload = inputs(name)
     given = described(rope)

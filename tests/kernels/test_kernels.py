@@ -21,6 +21,7 @@ CASES = [
     ('liere', 12, dict(block=3, share_heads=True)), ('liere', 12, dict(block=6, share_heads=True)),
     ('liere', 32, dict(block=32)), ('comrope', 12, dict(block=6)), ('comrope', 12, dict(block=3, variant='ap')),
     ('geope', 10, {}), ('quatro', 9, {}), ('quatro', 10, dict(order='xy', share_heads=True)),
+    *((name, 24, {}) for name in timm_rope.list_ropes()),
 ]
 IDS = [f'{name}-{dim}-{"-".join(map(str, options.values()))}' for name, dim, options in CASES]
 
@@ -418,7 +419,7 @@ def test_the_projection_is_seen_as_it_was():
     assert torch.isfinite(layer.weight.grad).all() and layer.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize('encoding', ['axial', 'mixed', 'spherical_learned', 'liere'])
+@pytest.mark.parametrize('encoding', timm_rope.list_ropes())
 @pytest.mark.parametrize('mode', ['eager', 'autocast', 'checkpointing', 'unfused', 'qk_norm'])
 def test_whole_models_agree_with_the_formula(encoding, mode, choose, taken):
     model = make(f'vit_tiny_rope_{encoding}', qk_norm=mode == 'qk_norm').train()

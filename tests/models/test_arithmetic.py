@@ -214,7 +214,7 @@ def test_from_the_meta_device(name, road):
     assert torch.equal(logits(other), logits(model))
 
 
-@pytest.mark.parametrize('name', ['axial', 'spherical', 'uniform', 'spiral', 'mixed'])
+@pytest.mark.parametrize('name', timm_rope.list_ropes())
 def test_to_meta_and_back(name):
     rope = timm_rope.create_rope(name, 16, 2, 2, (3, 4))
     saved, expected = copy.deepcopy(rope.state_dict()), rope((5, 6))[0]

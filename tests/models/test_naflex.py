@@ -105,7 +105,7 @@ def test_options_of_encodings(encoding, options):
     assert torch.allclose(naflex(batch_of(images)), alone(plain, images), atol=1e-5)
 
 
-@pytest.mark.parametrize('encoding', ['axial', 'mixed', 'spherical_learned', 'liere'])
+@pytest.mark.parametrize('encoding', timm_rope.list_ropes())
 @pytest.mark.parametrize('usage', [
     dict(rope_scaling='interpolate'), dict(rope_scaling='ntk'), dict(rope_scaling='yarn'), dict(rope_log_n=True),
     dict(rope_scaling='interpolate', rope_log_n=True)], ids=str)

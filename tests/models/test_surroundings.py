@@ -7,6 +7,7 @@ import foreign
 import pytest
 import timm
 import torch
+from exact_changes import EXACT
 from timm.models import load_checkpoint
 from tiny import make
 from torch import nn
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from timm_rope import analysis, convert_encoding, list_ropes
 from timm_rope._tracing import unobserved, writable
-from timm_rope.encodings import RotaryEncoding
+from timm_rope.encodings import ENCODINGS, RotaryEncoding
 from timm_rope.kernels.cpu import products
 from timm_rope.weights.layouts import recognise
 
@@ -160,10 +161,11 @@ def lives(family, encoding):
         return list(state.values())
 
     def convert():
-        if encoding == 'geope':  # which is no special case of another with its coordinates
-            return []
-        converted = convert_encoding(model, TARGETS[encoding])
-        return [converted.eval()(y), *converted.state_dict().values()]
+        for target in ('mixed', encoding, *sorted(EXACT[encoding])):
+            with contextlib.suppress(ValueError):  # no exact way
+                converted = convert_encoding(model, target)
+                return [converted.eval()(y), *converted.state_dict().values()]
+        return []
 
     def resize():
         model.set_input_size(large, rope_scaling='interpolate')
@@ -172,11 +174,6 @@ def lives(family, encoding):
     return [
         lambda: evaluate(x), train, load, lambda: load(assign=True), lambda: evaluate(y), convert, resize,
         lambda: [*copy.deepcopy(model).double().state_dict().values()], lambda: evaluate(x)]
-
-
-TARGETS = {
-    **dict.fromkeys(list_ropes(), 'mixed'), **dict.fromkeys(('spherical', 'spherical_learned'), 'spherical_learned'),
-    **{name: name for name in ('liere', 'comrope', 'quatro')}}
 
 
 @pytest.mark.parametrize('family', MODELS)
@@ -219,7 +216,7 @@ def test_a_default_device_does_not_matter_to_weights(make_up):
 
 # -- parameters alone, as optimizers, averages and trainers keep them
 
-LEARNED = ['spherical_learned', 'liere', 'mixed']
+LEARNED = [name for name in list_ropes() if ENCODINGS[name].learned]
 
 
 def parameters(model):

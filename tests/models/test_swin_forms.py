@@ -10,13 +10,13 @@ from timm.models import _manipulate
 from tiny_swin import SMALL, blocks, make, ropes, same
 
 import timm_rope
-from timm_rope.encodings import RotaryEncoding
+from timm_rope.encodings import ENCODINGS, RotaryEncoding
 from timm_rope.models.window_attention import RopeWindowAttention
 
 # -- training
 
 def test_gradients_reach_every_block():
-    for encoding in ('mixed', 'liere', 'spherical_learned', 'axial_learned'):
+    for encoding in (name for name in timm_rope.list_ropes() if ENCODINGS[name].learned):
         model = make(encoding, rel_pos_bias=True).train()
         model(torch.randn(2, 3, 32, 32)).square().sum().backward()
         assert all(rope.freqs.grad.abs().max() > 0 for rope in ropes(model)), encoding

@@ -1,4 +1,8 @@
-"""Which models a command means, and how each is loaded: once, with the classes, images and pooling of its training."""
+"""The models that a command is given by name, and how each is loaded: with the settings of its training.
+
+In comes text such as NAME=CHECKPOINT, out comes a `Source`, which nothing has been loaded for yet; `load` makes a
+`Subject` of it, the model with its weights and how its images are to be prepared.
+"""
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +15,7 @@ from torch import Tensor, nn
 from .._timm import resolve_model_input_args
 from ..positions.coordinates import read_grid
 from ..weights.files import read_weights, sha256_of
-from ..weights.layouts.base import unwrap
+from ..weights.layouts import unwrap
 from ..weights.origin import training_config
 from ..weights.pretrained import find_weights
 

@@ -55,9 +55,9 @@ class QuatRo(RotaryEncoding, name='quatro'):
 
     def initial_freqs(self) -> Tensor:
         groups = self.rotation.groups
-        lengths = torch.tensor(
-            geometric(groups, self.options['temperature']), dtype=self.freqs.dtype, device=self.freqs.device)
-        axes = F.normalize(torch.randn_like(self.freqs), dim=-1)
+        dtype, device = self.freqs.dtype, self.freqs.device  # of whole tensors, also where `freqs` is sharded
+        lengths = torch.tensor(geometric(groups, self.options['temperature']), dtype=dtype, device=device)
+        axes = F.normalize(torch.randn(self.freqs.shape, dtype=dtype, device=device), dim=-1)
         return axes * lengths.repeat(self.freqs.shape[2] // groups).unsqueeze(-1)
 
     def frequencies(self) -> Tensor:

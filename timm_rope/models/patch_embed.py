@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor
 
-from .._checks import check_integer
+from .._checks import check_size
 
 
 class GridPatchEmbed(PatchEmbed):
@@ -105,17 +105,9 @@ def check_multiple(height: int, width: int, patch_height: int, patch_width: int)
             f'resize it, or create the model with dynamic_img_pad=True to have it padded.')
 
 
-def to_size(value: Any, name: str) -> Tuple[int, int]:
-    """Validate an int or (height, width) of positive integers."""
-    items = list(value) if isinstance(value, (tuple, list, torch.Size)) else [value, value]
-    if len(items) != 2:
-        raise ValueError(f'{name} must be an integer or (height, width), got {value!r}.')
-    return check_integer(items[0], name), check_integer(items[1], name)
-
-
 def to_image_size(img_size: Any, patch_size: Tuple[int, int], pad: bool) -> Tuple[int, int]:
     """Validate a nominal image size; with `pad` it is raised to the next multiple of the patch."""
-    size = to_size(img_size, 'img_size')
+    size = check_size(img_size, 'img_size')
     padded = (-(-size[0] // patch_size[0]) * patch_size[0], -(-size[1] // patch_size[1]) * patch_size[1])
     if size != padded and not pad:
         raise ValueError(
@@ -126,5 +118,5 @@ def to_image_size(img_size: Any, patch_size: Tuple[int, int], pad: bool) -> Tupl
 
 def new_sizes(embed: Any, img_size: Any, patch_size: Any) -> Tuple[Tuple[int, int], Tuple[int, int]]:
     """Validate the arguments of `set_input_size`: image and patch size, where None keeps that of the embedding."""
-    patch = to_size(embed.patch_size if patch_size is None else patch_size, 'patch_size')
+    patch = check_size(embed.patch_size if patch_size is None else patch_size, 'patch_size')
     return to_image_size(embed.img_size if img_size is None else img_size, patch, bool(embed.dynamic_img_pad)), patch

@@ -9,13 +9,13 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Un
 
 import torch
 
-from .._checks import check_choice, check_flag, check_integer
+from .._checks import check_choice, check_flag, check_integer, check_size
 from .._timm import SwinTransformer, resolve_stage_window_sizes, window_sizes_from_ratio
 from ..encodings import RotaryEncoding, create_rope
+from ..weights import fit_swin
 from ..weights.fit_swin import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
-from ..weights.fit_swin import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed
-from .patch_embed import WindowPatchEmbed, new_sizes, to_image_size, to_size
+from .patch_embed import WindowPatchEmbed, new_sizes, to_image_size
 from .rotary import RotaryModel, take_options
 from .window_attention import AnySizeWindowBlock, NaverWindowBlock, RopeWindowAttention
 
@@ -69,6 +69,7 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
         ValueError: A size or option that cannot work; names the argument and what would be right.
         TypeError: An argument that neither timm nor any encoding knows.
     """
+    _fitting = fit_swin
     __jit_unused_properties__ = [*Checkpointed.__jit_unused_properties__, 'rope']
 
     def __init__(
@@ -100,7 +101,7 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
         for name, values in (('num_heads', num_heads), ('head_dim', head_dims)):
             if len(values) != len(depths):
                 raise ValueError(f'depths and {name} must be as many, got {depths} and {values}.')
-        patch = to_size(patch_size, 'patch_size')
+        patch = check_size(patch_size, 'patch_size')
         img_size = to_image_size(img_size, patch, dynamic_img_pad)
         grid = img_size[0] // patch[0], img_size[1] // patch[1]
         try:
@@ -179,14 +180,6 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
     def _encodings(self) -> List[Optional[RotaryEncoding]]:
         return [block.attn.rope for layer in self._stages() for block in layer.blocks]
 
-    # -- checkpoints
-
-    def _in_our_keys(self, state_dict: Dict[str, Any]) -> Dict[str, Any]:
-        return to_our_keys(self, state_dict)
-
-    def _prepare_state_dict(self, state_dict: Dict[str, Any], prefix: str, strict: bool) -> None:
-        prepare_state_dict(self, state_dict, prefix, strict)
-
 
 def _per_stage(value: Any, name: str) -> Tuple[int, ...]:
     if not isinstance(value, (tuple, list)) or not value:
@@ -222,7 +215,7 @@ def _windows(window_size: Any, window_ratio: Any, grid: Tuple[int, int], stages:
             windows = resolve_stage_window_sizes(WINDOW if window_size is None else window_size, stages)
     except TypeError as error:
         raise ValueError(f'window_size or window_ratio: {error}') from None
-    return tuple(to_size(window, 'window_size') for window in windows)
+    return tuple(check_size(window, 'window_size') for window in windows)
 
 
 def _rope_maker(encoding: str, options: Dict[str, Any]) -> Callable[..., Optional[RotaryEncoding]]:

@@ -16,16 +16,17 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 from torch.jit import Final
 
+from .._checks import check_size
 from .._timm import VisionTransformer
 from ..encodings import RotaryEncoding, create_rope
 from ..encodings._payloads import keep_tokens
+from ..weights import fit_vit
 from ..weights.fit_vit import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
-from ..weights.fit_vit import prepare_state_dict, to_our_keys
 from ..weights.load_hooks import Checkpointed
 from .attention import RopeBlock
 from .block_positions import TakesTokens, place
 from .norms import get_norm
-from .patch_embed import GridPatchEmbed, new_sizes, to_image_size, to_size
+from .patch_embed import GridPatchEmbed, new_sizes, to_image_size
 from .plain_vit import PlainVisionTransformer, check_arguments
 from .rotary import RotaryModel, take_options
 
@@ -70,6 +71,7 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
         ValueError: A size or option that cannot work; names the argument and what would be right.
         TypeError: An argument that neither timm nor any encoding knows.
     """
+    _fitting = fit_vit
     drop_patches: Final[bool]
 
     def __init__(
@@ -96,7 +98,7 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
     ) -> None:
         check_arguments(embed_dim, depth, num_heads, pos_embed, weight_init, kwargs)
         norm_layer = get_norm(norm_layer, norm_eps)
-        patch = to_size(patch_size, 'patch_size')
+        patch = check_size(patch_size, 'patch_size')
         img_size = to_image_size(img_size, patch, dynamic_img_pad)
         options = take_options(rope_encoding, kwargs)
         rope: Optional[RotaryEncoding] = None
@@ -285,11 +287,3 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
         if self.rope is not None:
             self.rope.keep_layers(len(self.blocks))
         return take_indices
-
-    # -- checkpoints
-
-    def _in_our_keys(self, state_dict: Dict[str, Any]) -> Dict[str, Any]:
-        return to_our_keys(self, state_dict)
-
-    def _prepare_state_dict(self, state_dict: Dict[str, Any], prefix: str, strict: bool) -> None:
-        prepare_state_dict(self, state_dict, prefix, strict)

@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 ZIP, PICKLE = b'PK\x03\x04', b'\x80'
-# upper half of the length of a header, which may begin like a pickle, and the header's first character
+# bytes 4 to 8 of a safetensors file: the upper half of the length of its header, and the first character of that. The
+# lower half may begin like a pickle
 SAFETENSORS = b'\0\0\0\0{'
 # torch.save writes this number first in the format it used up to torch 1.5
 LEGACY = pickle.dumps(0x1950a86a20f9469cfc6c, protocol=2)
-# what torch may unpickle is a global of torch: a thread that is done would take it away from another one
+# torch keeps the list of what may be unpickled in a global: a thread that is done would reset it for another one
 UNPICKLING = threading.Lock()
 
 
@@ -74,7 +75,7 @@ def read_weights(path: Union[str, Path]) -> Dict[str, Any]:
         head = file.read(64)
     if head.startswith(ZIP):
         _refuse_other_archives(path)
-        # torch goes by the name, which is no reason to fail
+        # by this name torch.load would expect safetensors; it is given the opened file instead, which it cannot map
         out = _torch_load(path, mmap=path.suffix != '.safetensors')
     elif _is_safetensors(head):
         try:
@@ -97,14 +98,14 @@ def _refuse_other_archives(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except Exception:  # what is wrong with it, torch says
+    except Exception:  # torch will say what is wrong with it
         return
     if records and all(record.filename.endswith('.npy') for record in records):
         raise ValueError(
             f'{path} is a NumPy archive (.npz): load it into the model of timm that it is of, and save that one.')
     if any(record.filename.partition('/')[2] == 'constants.pkl' for record in records):
         return  # TorchScript, which does compress, and which torch refuses before it reads anything
-    # records that share their bytes unpack to more than the file as well
+    # an archive whose records point to the same bytes unpacks to more than the file holds, without compression
     unpacked = sum(record.file_size for record in records)
     if any(record.compress_type != zipfile.ZIP_STORED for record in records) or unpacked > path.stat().st_size:
         raise ValueError(
@@ -160,7 +161,7 @@ def _named_globals(path: Path) -> List[str]:
                     names.add('.'.join(strings[-2:]))
                 elif isinstance(arg, str):
                     strings.append(arg)
-    except Exception:  # damaged; what was found so far is worth telling
+    except Exception:  # the pickle is damaged, but what was found so far is worth telling
         pass
     return sorted(names)
 

@@ -1,4 +1,7 @@
-"""What happens to weights between a checkpoint and a Swin model: nothing wrong is loaded, nothing loaded in part."""
+"""From recognised weights to a state dict that fits a Swin model, or an error that says why there is none.
+
+The same functions as in `fit_vit`; here every block has an encoding, and a relative position bias may be there too.
+"""
 import logging
 import re
 from typing import Any, Dict, Iterable, List, Tuple
@@ -10,7 +13,7 @@ from .._timm import swin_filter_fn
 from ..encodings import RotaryEncoding
 from .layouts import NaverSwin, Weights, find_layout, recognise
 from .layouts.timm_swin import ROPE
-from .mismatches import names_of, other_encoding, refuse_mismatches, shape_of, warm_start_hint
+from .mismatches import explain, names_of, other_encoding, refuse_mismatches, shape_of, warm_start_hint
 
 _logger = logging.getLogger(__name__)
 
@@ -117,22 +120,10 @@ def _take_over(weights: Weights, tensors: Dict[str, Tensor], model: Any, rotatio
 
 
 def _explain(model: Any, state_dict: Dict[str, Any], prefix: str) -> str:
-    """One sentence on what differs most: encoding, width or depth."""
-    rotary = any('rope.' in key for key in state_dict)
-    if rotary != (model.rope is not None):
-        here = 'none' if model.rope is None else repr(model.rope.name)
-        return f'the checkpoint holds {"a" if rotary else "no"} rotary encoding, the model has {here}.'
-    if any(key.endswith(BIAS) for key in state_dict) != model.rel_pos_bias:
-        return (
-            'the checkpoint has no relative position bias, the model has one.' if model.rel_pos_bias
-            else 'the checkpoint has a relative position bias, the model has none.')
-    stem = state_dict.get(f'{prefix}patch_embed.proj.weight')
-    if isinstance(stem, Tensor) and stem.shape[0] != model.embed_dim:
-        return f'the checkpoint is {stem.shape[0]} wide, the model {model.embed_dim}.'
-    theirs, ours = _depths(state_dict, prefix), _depths(model.state_dict(), '')
-    if theirs != ours:
-        return f'the checkpoint has {theirs} blocks in its stages, the model {ours}.'
-    return 'the keys do not match.'
+    return explain(
+        model, state_dict, prefix,
+        ('relative position bias', any(key.endswith(BIAS) for key in state_dict), model.rel_pos_bias),
+        ('blocks in its stages', _depths(state_dict, prefix), _depths(model.state_dict(), '')))
 
 
 def _depths(keys: Iterable[str], prefix: str) -> Tuple[int, ...]:

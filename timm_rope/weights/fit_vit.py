@@ -1,6 +1,7 @@
-"""What happens to weights between a checkpoint and a model: nothing wrong is loaded, and nothing loaded in part.
+"""From recognised weights to a state dict that fits a ViT, or an error that says why there is none.
 
-`checkpoint_filter_fn` is timm's hook for pretrained weights, `prepare_state_dict` sees every `load_state_dict`.
+Weights that do not fit are refused as a whole before any tensor is copied. `checkpoint_filter_fn` is timm's hook for
+pretrained weights; `to_our_keys` and `prepare_state_dict` see every `load_state_dict`.
 """
 import dataclasses
 import logging
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..positions.coordinates import Grid, read_grid, square_grid
 from .layouts import Ours, TimmVit, Weights, find_layout, is_trained, recognise, signature
-from .mismatches import other_encoding, refuse_mismatches, refuse_other_structure, warm_start_hint
+from .mismatches import explain, other_encoding, refuse_mismatches, refuse_other_structure, warm_start_hint
 from .warm_start import take_over
 
 _logger = logging.getLogger(__name__)
@@ -91,7 +92,10 @@ def _encoding_conflict(weights: Weights, tensors: Dict[str, Tensor], model: Any)
 
 
 def _fold_class_position(tensors: Dict[str, Tensor], model: Any) -> None:
-    """A position embedding that starts with the class token's is split where the model embeds patches only."""
+    """Split a position embedding that begins with the class token's, if the model has none for that token.
+
+    It is added to the class token, as the model it comes from did in every forward.
+    """
     pos_embed, cls_token = tensors.get('pos_embed'), tensors.get('cls_token')
     if model.no_embed_class and pos_embed is not None and cls_token is not None and pos_embed.ndim == 3:
         if not square_grid(pos_embed.shape[1]) and square_grid(pos_embed.shape[1] - 1):
@@ -112,11 +116,13 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
         RuntimeError: Another encoding, width or depth; lists the first keys that do not match.
         ValueError: Non-finite frequencies, malformed grids.
     """
-    # parameters alone, of a model like this one; pretrained weights have been given a reference grid by `fit`
+    # without a reference grid these are the parameters of a model like this one, as optimizers and averages keep them;
+    # pretrained weights have been given a grid by `fit`
     alone = not strict and model.rope is not None and f'{prefix}{GRID}' not in state_dict
     if model.rope is not None:
         model.rope.check_state_dict(state_dict, f'{prefix}rope.')
-        # they do not move a grid that is known; of a model inside another one nobody tells whether keys may be missing
+        # such parameters do not change a grid that the model knows. For a model inside another one torch does not tell
+        # whether the load is strict, so that a missing grid is filled in there
         wanted = strict or prefix or model.rope.undecided
         if wanted and (f'{prefix}rope.freqs' in state_dict or f'{prefix}rope.signature' in state_dict):
             grid = _fill_reference_grid(model, state_dict, prefix)
@@ -130,9 +136,12 @@ def prepare_state_dict(model: Any, state_dict: Dict[str, Any], prefix: str, stri
 
 
 def _fill_reference_grid(model: Any, state_dict: Dict[str, Any], prefix: str) -> Optional[Tuple[int, int]]:
-    """Rotary weights without a reference grid get the one of their pretrained_cfg, not of the model being built.
+    """Add the reference grid to rotary weights that have none, by the image size in pretrained_cfg.
 
-    Returns it, or None if there is nothing to do.
+    The model may be built for another size, so its own grid says nothing about the weights.
+
+    Returns:
+        The grid that was added, or None if there is one already or no image size is known.
     """
     input_size = getattr(model, 'pretrained_cfg', {}).get('input_size')
     if f'{prefix}{GRID}' in state_dict or input_size is None:
@@ -175,17 +184,8 @@ def _pos_embed_grid(saved: Any, reference: Any, tokens: int) -> Optional[Grid]:
 
 
 def _explain(model: Any, state_dict: Dict[str, Any], prefix: str) -> str:
-    """One sentence on what differs most: encoding, width or depth."""
-    if model.rope is None and any(k.startswith(f'{prefix}rope.') for k in state_dict):
-        return 'the checkpoint holds a rotary encoding, the model has none.'
-    if model.rope is not None and not any(k.startswith(f'{prefix}rope.') for k in state_dict):
-        return f'the checkpoint holds no rotary encoding, the model has {model.rope.name!r}.'
-    if model.pos_embed is not None and f'{prefix}pos_embed' not in state_dict:
-        return 'the checkpoint has no position embedding, the model has one.'
-    stem = state_dict.get(f'{prefix}patch_embed.proj.weight')
-    if isinstance(stem, Tensor) and stem.shape[0] != model.embed_dim:
-        return f'the checkpoint is {stem.shape[0]} wide, the model {model.embed_dim}.'
     blocks = {k[len(prefix):].split('.')[1] for k in state_dict if k.startswith(f'{prefix}blocks.')}
-    if len(blocks) != len(model.blocks):
-        return f'the checkpoint has {len(blocks)} blocks, the model {len(model.blocks)}.'
-    return 'the keys do not match.'
+    return explain(
+        model, state_dict, prefix,
+        ('position embedding', f'{prefix}pos_embed' in state_dict, model.pos_embed is not None),
+        ('blocks', len(blocks), len(model.blocks)))

@@ -1,4 +1,8 @@
-"""Weights from the Hugging Face Hub: downloaded, or found in the cache, and explained when that fails."""
+"""Downloads from the Hugging Face Hub.
+
+In come the name of a repository and of a file, out comes a path in the cache of huggingface_hub. If that fails, the
+error says what went wrong and what to do about it.
+"""
 import errno
 import os
 import shutil

@@ -128,7 +128,8 @@ def _hash_of_unlinked(repo_folder: Path, commit: str, filename: str) -> str:
         return ''
     with suppress(OSError):  # a cache that cannot be written: the Hub is asked again next time
         note.parent.mkdir(parents=True, exist_ok=True)
-        part = note.with_name(f'{note.name}.{secrets.token_hex(4)}')  # the first 40 digits would be another hash
+        part = note.with_name(f'{note.name}.{secrets.token_hex(4)}')
+        # written aside and renamed, since a note that was cut off after 40 digits would pass for a hash of git
         part.write_text(etag)
         part.replace(note)
     return etag

@@ -1,4 +1,7 @@
-"""What keeps weights from fitting a model, in the same words for every family of models."""
+"""Errors and warnings about weights that do not fit a model, in the same words for ViT and Swin.
+
+In come a model and a state dict or recognised weights; the functions raise, or return the reason as a sentence.
+"""
 import logging
 from typing import Any, Callable, Dict, Iterable, List, Tuple
 
@@ -87,6 +90,36 @@ def refuse_mismatches(
         raise RuntimeError(
             f'Error(s) in loading {layout} for {type(model).__name__}: {why}\n\t' + '\n\t'.join(reasons[:8])
             + (f'\n\t... and {len(reasons) - 8} more' if len(reasons) > 8 else ''))
+
+
+def explain(
+        model: Any,
+        state_dict: Dict[str, Any],
+        prefix: str,
+        part: Tuple[str, bool, bool],
+        depth: Tuple[str, Any, Any],
+) -> str:
+    """One sentence on what differs most between a checkpoint and a model: encoding, another part, width or depth.
+
+    Args:
+        model: Model of ours.
+        state_dict: What is to be loaded.
+        prefix: Of the model's keys.
+        part: What may be there beside the encoding, in words; whether the checkpoint has it; whether the model has it.
+        depth: What is counted, in words; how many the checkpoint has; how many the model has.
+    """
+    rotary = any(key.startswith(prefix) and 'rope.' in key for key in state_dict)
+    if rotary != (model.rope is not None):
+        here = 'none' if model.rope is None else repr(model.rope.name)
+        return f'the checkpoint holds {"a" if rotary else "no"} rotary encoding, the model has {here}.'
+    what, theirs, ours = part
+    if theirs != ours:
+        return f'the checkpoint has {"a" if theirs else "no"} {what}, the model has {"one" if ours else "none"}.'
+    stem = state_dict.get(f'{prefix}patch_embed.proj.weight')
+    if isinstance(stem, Tensor) and stem.shape[0] != model.embed_dim:
+        return f'the checkpoint is {stem.shape[0]} wide, the model {model.embed_dim}.'
+    what, theirs, ours = depth
+    return 'the keys do not match.' if theirs == ours else f'the checkpoint has {theirs} {what}, the model {ours}.'
 
 
 def refuse_other_structure(weights: Weights, model: Any) -> None:

@@ -1,4 +1,8 @@
-"""Where a checkpoint comes from: the file, what identifies it, and what was written down about its training."""
+"""Where a checkpoint comes from, and what was written down about it.
+
+In comes what a user names, a file, a folder, a repository of the Hub or a model of timm; out comes an `Origin`: the
+file on this machine, verified, and the `Config` that a config.json or timm's train.py left about the model.
+"""
 import argparse
 import json
 from dataclasses import dataclass, field
@@ -13,9 +17,10 @@ from .hub_cache import verify
 from .pretrained import find_weights
 
 HUB, TIMM = 'hf-hub:', 'timm:'
-# of a config.json, what says how images are prepared; its licence is not read: timm writes that of the architecture
+# what a config.json tells about the preparation of images. Its licence is not read, since timm writes there that of
+# the architecture, whoever trained the weights
 DATA_KEYS = ('input_size', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation')
-# of the arguments of a train.py, which may come from anywhere, what is taken apart
+# types that these arguments of timm's train.py have; a checkpoint may come from anywhere, so they are checked
 TRAINING_KINDS: Dict[str, Tuple[type, ...]] = dict(
     model_kwargs=(dict,), mean=(list, tuple), std=(list, tuple), input_size=(list, tuple))
 

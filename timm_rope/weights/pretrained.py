@@ -24,7 +24,7 @@ from .layouts import Weights, first, recognise
 
 _logger = logging.getLogger(__name__)
 
-# what timm must not read itself: `state_dict` has the highest priority there, once no `source` is set
+# given to timm as the state dict of the cfg, which it prefers to every other source, so that it reads nothing itself
 PLACEHOLDER = {'read by timm_rope': True}
 SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt', '.pth.tar', '.ckpt')
 
@@ -123,11 +123,11 @@ class PretrainedSource:
         self._read: List[os.stat_result] = []
         path = self._path = self._find(cache_dir) if state_dict is None else None
         if state_dict is None and path is None:
-            return  # a url, which timm downloads, a format of its own, or nothing, of which timm complains
+            return  # timm downloads a url and reads formats of its own itself, and complains if there is nothing
         try:
             self.weights = recognise(self._read_file(path) if path is not None else state_dict)
         except Exception:
-            self._wait()  # bytes that were damaged on the way explain what they broke
+            self._wait()  # if the hash is wrong, that error is the cause of this one
             raise
 
     def _find(self, cache_dir: Any) -> Optional[Path]:
@@ -135,23 +135,23 @@ class PretrainedSource:
         if source == 'local-dir':
             return find_weights(Path(str(file)))
         if file and source != 'hf-hub':
-            # a format of its own (.npz) is for the model's `load_pretrained`
+            # files with `custom_load`, such as .npz, are read by timm
             return None if self.cfg.get('custom_load') else Path(file)
         if not hub_id:
             return None
         if source == 'hf-hub':
-            verify_cached(hub_id, 'config.json', cache_dir)  # timm has read it; nothing is built of it yet
+            verify_cached(hub_id, 'config.json', cache_dir)  # timm has read it, but built nothing from it yet
         path = fetch(hub_id, self.cfg.get('hf_hub_filename'), cache_dir)
         try:
             safe = is_safetensors(path)
-        except FileNotFoundError:  # another process found it damaged, as `verify` will say
+        except FileNotFoundError:  # another process found it damaged and removed it; `verify` will say so
             safe = False
         # tensors of safetensors stay in the file until they are copied into the model, which waits for the result
         pool = ThreadPoolExecutor(1)
         self._verified = pool.submit(verify, path)
         pool.shutdown(wait=False)
         if not safe:
-            self._verified.result()  # no pickle is opened before, whatever its name
+            self._verified.result()  # a pickle is opened only when its hash is right, whatever its name
         return path
 
     def _read_file(self, path: Path) -> Dict[str, Any]:
@@ -186,7 +186,7 @@ class PretrainedSource:
             for key, why in self.weights.ask.items():
                 if key not in given:
                     raise ValueError(f'{key} must be chosen for these {self.weights.layout} weights: {why}.')
-        # with another encoding only what the blocks are made of matters, not where patches are
+        # of weights with another encoding only the blocks are used, so what says where patches are is left out
         position = () if same else ('rope_', 'pos_embed', 'img_size', 'no_embed_class')
         args = {
             key: value for key, value in self.weights.model_args.items()

@@ -1,4 +1,8 @@
-"""Start a model from the weights of another one: everything but the rotation, and nothing unsaid."""
+"""Warm start (`rope_warm_start=True`): a ViT takes over the weights of a model with another encoding.
+
+In come recognised weights and a model, out comes a state dict of the model with all but the rotation. What was left
+out, filled in or folded is named in a warning.
+"""
 import logging
 from typing import Any, Dict, List
 

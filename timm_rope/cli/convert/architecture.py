@@ -19,7 +19,7 @@ from ...weights.layouts import NaverVit, Ours, SpiralDeit, TimmEva, Weights
 from .timm_models import ask_timm
 from .weight_shapes import has_ape, positions, read_sizes, staged
 
-# what decides how a model is made, not what it computes: no checkpoint may bring it
+# arguments that say how a model is created and not what it computes; no checkpoint may set them
 RUNTIME = {*inspect.signature(timm.create_model).parameters, 'device', 'dtype', 'features_only', 'out_indices',
            'feature_cls', 'rope_warm_start', 'pretrained_strict', 'pretrained_filter_fn'}
 SAME_KEYS = ('axial', 'none')  # encodings that leave no trace in keys or shapes

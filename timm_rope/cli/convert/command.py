@@ -11,23 +11,27 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import timm
-from torch import Tensor, nn
+from torch import nn
 
+from ..._checks import check_size
 from ...encodings import RotaryEncoding
 from ...positions.coordinates import read_grid
 from ...weights.files import read_weights
 from ...weights.fit_swin import fit as fit_swin
 from ...weights.fit_vit import fit
-from ...weights.layouts import Layout, Weights, find_eva, find_layout, recognise
-from ...weights.layouts.base import unwrap
+from ...weights.layouts import Layout, Weights, find_eva, recognise
 from ...weights.origin import HUB, TIMM, Origin, find_origin, training_config
 from .architecture import Architecture, known_models, match
 from .hub_folder import CheckFailed, check_target, clean_exit, new_folder, verify, write_model
 from .model_card import check_license, grouped, write_card
 from .originals import compare, find_original
 from .weight_shapes import staged
-from .weights_cfg import pair, pretrained_cfg, published_model
+from .weights_cfg import pretrained_cfg, published_model
 
+# whether the averaged tensors were taken -> what to say of a file that holds both
+KINDS = {
+    True: 'the averaged ones (EMA); the raw ones of the file are left out',
+    False: 'the raw ones; the averaged ones (EMA) of the file are left out'}
 TOLERANCE = 1e-4  # of logits, relative to the largest one; float32 rounding is near 1e-6
 
 
@@ -131,7 +135,7 @@ def convert(
     """
     target = check_target(out, force)
     check_license(license)
-    size = None if img_size is None else pair(img_size)
+    size = None if img_size is None else check_size(img_size, 'img_size')
     origin = find_origin(source, filename)
     if origin.path.resolve().is_relative_to(target):
         raise ValueError(f'out must not be the folder of the weights, {target} holds {origin.path.name}.')
@@ -150,12 +154,12 @@ def convert(
     left_out = dict(weights.left_out)
     if 'pos_embed' in weights.tensors and 'pos_embed' not in state:
         left_out['pos_embed'] = 'not trained, and not used by the model'
-    originals, average = _used_tensors(checkpoint, layout)
+    kind = {} if weights.averaged is None else {'weights': KINDS[weights.averaged]}
     facts = _facts(arch, built, weights)
-    for line in (str(origin.path), *_report({**facts, **average}, left_out, arch.assumed)):
+    for line in (str(origin.path), *_report({**facts, **kind}, left_out, arch.assumed)):
         say(line)
 
-    came_from = {'file': origin.name, 'SHA-256': origin.sha256(), **average}
+    came_from = {'file': origin.name, 'SHA-256': origin.sha256(), **kind}
     with new_folder(target, force) as folder:
         write_model(built, folder, _labels(origin, built))
         card = write_card(
@@ -164,7 +168,7 @@ def convert(
         verify(folder, state)
         say(_line('verified', f'{len(state)} tensors, read back and equal; config.json builds their model'))
         if check:
-            _check_logits(folder, weights, originals, built, say)
+            _check_logits(folder, weights, built, say)
     say(f'{target} holds the converted model.')
     return target
 
@@ -208,24 +212,13 @@ def _line(key: str, value: str) -> str:
     return f'  {key:<18} {value}'
 
 
-def _used_tensors(checkpoint: Dict[str, Any], known: Optional[Layout]) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
-    """The tensors in their own keys, and what to say where a file has raw and averaged ones."""
-    tensors, average, _ = unwrap(checkpoint)
-    layout = known or find_layout(tensors)
-    if not average or layout is None:
-        return tensors, {}
-    if layout.prefer_average:
-        return average, {'weights': 'the averaged ones (EMA); the raw ones of the file are left out'}
-    return tensors, {'weights': 'the raw ones; the averaged ones (EMA) of the file are left out'}
-
-
 def _facts(arch: Architecture, model: Any, weights: Weights) -> Dict[str, str]:
     state = model.state_dict()
     rope = getattr(model, 'rope', None)
     preset = ('in_chans', 'num_classes', 'img_size')
     args = ', '.join(f'{key}={value!r}' for key, value in arch.args.items() if key not in preset)
     stem = state['patch_embed.proj.weight']
-    size = pair(arch.args['img_size'])
+    height, width = check_size(arch.args['img_size'], 'img_size')
     dtypes = sorted({str(value.dtype).removeprefix('torch.') for value in state.values() if value.is_floating_point()})
     return {
         'layout': weights.layout,
@@ -233,7 +226,7 @@ def _facts(arch: Architecture, model: Any, weights: Weights) -> Dict[str, str]:
         'position embedding': 'learned' if 'pos_embed' in state else 'none',
         'architecture': arch.model + (f' with {args}' if args else ''),
         'size': f'{stem.shape[0]} wide, {_depth(model)} blocks, {arch.heads} heads',
-        'image': f'{size[0]} x {size[1]}, {arch.args["in_chans"]} channels, patches of '
+        'image': f'{height} x {width}, {arch.args["in_chans"]} channels, patches of '
                  f'{" x ".join(map(str, stem.shape[2:]))}',
         **({} if rope is None else {
             'reference grid': ' x '.join(map(str, read_grid(rope.reference_grid, 'reference_grid'))) + ' patches'}),
@@ -252,10 +245,8 @@ def _labels(origin: Origin, model: Any) -> Dict[str, Any]:
     return labels if len(labels.get('label_names', ())) == model.num_classes else {}
 
 
-def _check_logits(
-        folder: Path, weights: Weights, tensors: Dict[str, Tensor], built: nn.Module, say: Callable[[str], Any],
-) -> None:
-    original = find_original(weights, tensors, built)
+def _check_logits(folder: Path, weights: Weights, built: nn.Module, say: Callable[[str], Any]) -> None:
+    original = find_original(weights, built)
     if original is None:
         say(_line('checked', f'only that what was written is what was read: no other implementation of '
                              f'{weights.layout} is at hand'))

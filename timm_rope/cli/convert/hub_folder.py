@@ -1,4 +1,8 @@
-"""A folder that appears whole or not at all: written beside its place, checked there, then renamed."""
+"""The folder that `convert` writes, which appears whole or not at all.
+
+In come the model with its weights and the place of the folder. Files are written to a temporary folder beside that
+place and read back there; when they are right, the folder is renamed.
+"""
 import json
 import os
 import secrets
@@ -96,11 +100,11 @@ def write_model(model: Any, folder: Path, labels: Dict[str, Any]) -> None:
     """
     try:
         save_for_hf(model, str(folder), safe_serialization=True, model_config=labels)
-    except SafetensorError as e:  # of the disk, but no OSError
+    except SafetensorError as e:  # what safetensors raises where the disk is full
         raise OSError(f'{folder} could not be written: {e}') from e
     path = folder / CONFIG
     config = json.loads(path.read_text(encoding='utf-8'))
-    # stands beside the arguments as well, and transformers passes on both
+    # timm writes it twice, here and beside the arguments, and transformers would pass on both
     config.get('model_args', {}).pop('num_classes', None)
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
@@ -117,7 +121,7 @@ def verify(folder: Path, expected: Dict[str, Tensor]) -> None:
     if keys != set(expected):
         raise CheckFailed(f'{path.name} was written with other keys: {sorted(keys ^ set(expected))[:3]}.')
     for key, value in expected.items():
-        with safe_open(path, 'pt') as file:  # opened anew, so that only one tensor of it is in memory
+        with safe_open(path, 'pt') as file:  # opened anew for each, so that one tensor at a time is in memory
             if not same_bits(file.get_tensor(key), value):
                 raise CheckFailed(f'{key} was not read back as it was written: is the disk damaged?')
     shapes = {key: value.shape for key, value in expected.items()}

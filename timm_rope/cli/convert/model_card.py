@@ -1,4 +1,8 @@
-"""The README.md of a converted model: where its weights come from and how to load them; nothing that is not known."""
+"""The README.md of a converted model, which the Hub shows as its model card.
+
+In comes what `convert` found out about the weights, out comes the text: where they come from, what they are, and how to
+load them. Nothing is written that is not known.
+"""
 import re
 from typing import Dict, List, Optional
 

@@ -1,4 +1,8 @@
-"""Logits of a checkpoint in its original model, where timm has an implementation of it that is not ours."""
+"""The `--check` of `convert`: are the logits of a converted model those of the model its checkpoint was made for?
+
+In come recognised weights and our model of them. Where timm has an implementation of the original, it is built with the
+tensors of the checkpoint as they are, and out comes the difference of the logits on random images.
+"""
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Dict, Optional, Tuple
@@ -47,38 +51,35 @@ class Original:
         return model(x)
 
 
-def find_original(weights: Weights, tensors: Dict[str, Tensor], model: nn.Module) -> Optional[Original]:
+def find_original(weights: Weights, model: nn.Module) -> Optional[Original]:
     """The model class of timm for a checkpoint.
 
     Args:
         weights: What the checkpoint is.
-        tensors: Its tensors in their own keys.
         model: Our model of it, which tells what stands in no key.
 
     Returns:
         None where no implementation but ours is at hand.
     """
     ours: Any = model
-    if weights.timm_model is not None:
-        name, given = weights.timm_model[0], {k: v for k, v in weights.timm_model[1].items() if k != 'img_size'}
-        own = {key: value.float() for key, value in tensors.items() if key not in weights.left_out}
-        return Original(
-            f"timm's {name}", True, partial(timm.create_model, name), own,
-            {**given, 'patch_size': ours.patch_embed.patch_size, 'in_chans': ours.patch_embed.proj.in_channels,
-             'num_classes': ours.num_classes},
-            tuple(ours.patch_embed.grid_size), 0 if ours.no_embed_class else ours.num_prefix_tokens)
-    if weights.layout not in (NaverVit.name, TimmEva.name, TimmVit.name):
+    if weights.timm_model is None and weights.layout not in (NaverVit.name, TimmEva.name, TimmVit.name):
         return None
-    block, known = ours.blocks[0], ours._model_args
+    out = {key: value.float() for key, value in weights.originals.items() if key not in weights.left_out}
+    common = (tuple(ours.patch_embed.grid_size), 0 if ours.no_embed_class else ours.num_prefix_tokens)
     args: Dict[str, Any] = dict(
         patch_size=ours.patch_embed.patch_size, in_chans=ours.patch_embed.proj.in_channels,
-        num_classes=ours.num_classes, embed_dim=ours.embed_dim, depth=len(ours.blocks), num_heads=block.attn.num_heads,
+        num_classes=ours.num_classes)
+    if weights.timm_model is not None:
+        name, given = weights.timm_model
+        args = {**{key: value for key, value in given.items() if key != 'img_size'}, **args}
+        return Original(f"timm's {name}", True, partial(timm.create_model, name), out, args, *common)
+    block, known = ours.blocks[0], ours._model_args
+    args.update(
+        embed_dim=ours.embed_dim, depth=len(ours.blocks), num_heads=block.attn.num_heads,
         mlp_ratio=block.mlp.fc1.out_features / ours.embed_dim, qkv_bias=block.attn.qkv.bias is not None,
         class_token=ours.cls_token is not None, no_embed_class=ours.no_embed_class, global_pool=ours.global_pool)
-    out = {key: value.float() for key, value in tensors.items() if key not in weights.left_out}
     for key in ('pos_embed_grid', *(['pos_embed'] if ours.pos_embed is None else [])):
         out.pop(key, None)
-    common = (tuple(ours.patch_embed.grid_size), 0 if ours.no_embed_class else ours.num_prefix_tokens)
     if weights.layout in (NaverVit.name, TimmEva.name):
         encoding = 'none' if ours.rope is None else ours.rope.name
         if encoding not in ('axial', 'mixed', 'none'):

@@ -1,4 +1,8 @@
-"""What a model of timm, named in the config.json beside foreign weights, says of what stands in no tensor."""
+"""What a model of timm, named in the config.json beside the weights of another project, tells about them.
+
+Heads, pooling and epsilons stand in no tensor. The model is built on the meta device, and out come the arguments that
+our model needs and the name that the encoding has here.
+"""
 from typing import Any, Dict, Tuple
 
 import timm

@@ -1,4 +1,8 @@
-"""What the shapes of weights say of the model they are of."""
+"""What the shapes of weights tell about the model they belong to.
+
+In come recognised weights, out come constructor arguments: width, depth, patch, classes, and the image size, where a
+position embedding or a reference grid tells it.
+"""
 from typing import Any, Dict, Optional, Tuple
 
 from torch import Tensor

@@ -1,8 +1,12 @@
-"""What timm keeps beside weights: how images are prepared, and whose weights they are, as far as that is known."""
-from typing import Any, Dict, Optional, Tuple
+"""The `pretrained_cfg` of converted weights, which timm keeps beside them in config.json.
+
+It says how images are prepared and whose weights they are, as far as the user, the file or its origin tells.
+"""
+from typing import Any, Dict, Optional
 
 from timm.models import get_arch_pretrained_cfgs
 
+from ..._checks import check_size
 from ...weights.origin import Origin
 from .architecture import Architecture, known_models
 
@@ -10,15 +14,6 @@ from .architecture import Architecture, known_models
 IDENTITY = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'license', 'origin_url',
             'paper_name', 'paper_ids', 'notes', 'description', 'architecture')
 KEPT = ('tag', 'license', 'origin_url', 'paper_name', 'paper_ids')
-
-
-def pair(size: Any) -> Tuple[int, int]:
-    """(height, width) from one number or two."""
-    values = [size] if isinstance(size, int) else list(size)
-    values = values * 2 if len(values) == 1 else values
-    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
-        raise ValueError(f'img_size must be one or two positive integers (height, width), got {size!r}.')
-    return values[0], values[1]
 
 
 def published_model(origin: Origin, filename: Optional[str]) -> str:
@@ -57,7 +52,7 @@ def pretrained_cfg(
         for key in ('mean', 'std', 'crop_pct', 'interpolation'):
             if key not in given and key not in origin.config.data:
                 arch.assumed[key] = str(cfg[key]).strip('()')
-    channels, size = arch.args['in_chans'], pair(arch.args['img_size'])
+    channels, size = arch.args['in_chans'], check_size(arch.args['img_size'], 'img_size')
     cfg.update(given, num_classes=arch.args['num_classes'], input_size=(channels, *size))
     for key in ('mean', 'std'):
         values = [float(v) for v in cfg[key]]

@@ -1,4 +1,4 @@
-"""The table of the demo as a picture: right answers over the size of the images."""
+"""The picture that the demo writes beside its table: right answers in per cent against the size of the images."""
 from pathlib import Path
 from typing import Any, Dict
 

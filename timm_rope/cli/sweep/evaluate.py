@@ -1,4 +1,7 @@
-"""One model on the images of a folder, at one size and by one rule, as timm's validate.py does it."""
+"""One evaluation of a sweep: a model on the images of a folder, at one size and with one rule for larger grids.
+
+Images are prepared as by timm's validate.py. In come a loaded model, a size and a rule, out comes a row of results.
+"""
 import copy
 import sys
 import time
@@ -32,14 +35,14 @@ def open_images(folder: Path) -> Any:
     except RuntimeError as error:
         raise ValueError(f'{folder} holds no images in folders, one for each class: {error}') from None
     if Path(dataset.reader.root) == folder and any(path.is_dir() for path in folder.glob('train/*')):
-        # timm takes all images for a set that has no folder
+        # for a split that has no folder, timm takes all images, those of training too
         raise ValueError(f'{folder} holds train and no val or validation: name the folder that is to be evaluated.')
     classes = dataset.reader.class_to_idx
     if len(classes) < 2:
         raise ValueError(
             f'{folder} holds images of a single class, {next(iter(classes), "")!r}, on which every answer is right: '
             f'expected a folder of images for each class.')
-    dataset.__class__ = Images  # timm looks for the folder and makes one of its own class
+    dataset.__class__ = Images  # create_dataset finds the folder of the split, but always makes timm's own class
     return dataset
 
 
@@ -145,7 +148,7 @@ class Evaluation:
         # summed on the device: reading a number after each batch would wait for it
         sums, seen = torch.zeros(3, dtype=torch.int64, device=self.device), []
         start = time.perf_counter()
-        # in a log file a line now and then
+        # a terminal shows progress five times a second, a log file gets a line every 20 seconds
         interval = .2 if sys.stderr.isatty() else 20.
         with tqdm(total=len(self.dataset), desc=title, unit='img', dynamic_ncols=True, mininterval=interval) as bar:
             for images, targets in loader:

@@ -1,11 +1,16 @@
-"""The results file of a sweep: what was asked, and what came out so far. Written anew after each evaluation."""
+"""The results file of a sweep, from which an interrupted run continues.
+
+It holds the arguments that change an accuracy, and one row for each evaluation that is done. The file is replaced as a
+whole after each of them, and refused when it is read with other arguments or other weights.
+"""
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from .._common import write_whole
 
-FORMATS = ('timm_rope sweep 1', 'timm_rope sweep 2')  # without and with rules: what knows none must not read them
+# without rules and with them: versions that know no rules must not read rows that have one
+FORMATS = ('timm_rope sweep 1', 'timm_rope sweep 2')
 NUMBERS = ('height', 'width', 'top1', 'top5', 'right_top1', 'right_top5', 'images', 'images_per_second')
 
 

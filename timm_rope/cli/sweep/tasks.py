@@ -1,4 +1,8 @@
-"""All evaluations of a sweep: found and tried beforehand, then run one by one."""
+"""All evaluations of a sweep, one for each model, rule and size.
+
+They are listed from the arguments of the command and each is tried on a blank image, so that a mistake shows before
+hours of work. Then those that the results file does not have yet are run one by one.
+"""
 import argparse
 import hashlib
 from importlib import metadata

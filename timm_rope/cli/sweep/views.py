@@ -1,4 +1,7 @@
-"""Results of a sweep as a table for the terminal, as CSV and as a plot."""
+"""What the results of a sweep look like: a table for the terminal, a CSV file, and a plot of accuracy against size.
+
+Files of the same name that something else wrote are never replaced.
+"""
 import csv
 import importlib.util
 import io
@@ -13,7 +16,7 @@ COLUMNS = (
     'images_per_second', 'crop_pct', 'interpolation', 'parameters')
 WITHOUT_RULES = tuple(name for name in COLUMNS if name != 'rope_scaling')  # what earlier versions wrote
 SOFTWARE = 'timm_rope sweep'
-DASHES = ('-', '--', ':', '-.')  # matplotlib has ten colours, rules times models may be more
+DASHES = ('-', '--', ':', '-.')  # for more lines than the ten colours of matplotlib
 Rows = List[Dict[str, Any]]
 Line = Tuple[str, Optional[str]]
 

@@ -1,12 +1,17 @@
-"""The one place that understands how others name their weights."""
+"""The layouts: how this and other projects name the weights in their checkpoints.
+
+In comes a checkpoint of any of them, out come `Weights`, the tensors in our keys and what is known about their model.
+`recognise` goes through the list `LAYOUTS`, so a new layout is a class in a file of its own and a line there.
+"""
 import logging
 import re
 from typing import Any, Dict, Optional, Sequence
 
 from .base import Layout as Layout
 from .base import Weights as Weights
-from .base import first, unwrap
+from .base import first as first
 from .base import signature as signature
+from .base import unwrap as unwrap
 from .liere import LieREVit
 from .naver import NaverSwin as NaverSwin
 from .naver import NaverVit as NaverVit
@@ -67,6 +72,7 @@ def recognise(checkpoint: Any, known: Optional[Layout] = None) -> Weights:
         raise RuntimeError(
             f'The checkpoint has keys of {layout.name}, but is damaged or of no model that project published '
             f'({type(e).__name__}: {e}).') from e
+    weights.originals, weights.averaged = tensors, layout.prefer_average if average else None
     if weights.left_out:
         _logger.info(f'{layout.name} checkpoint: left out {first(sorted(weights.left_out))}.')
     return weights

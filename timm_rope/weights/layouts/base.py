@@ -28,6 +28,8 @@ class Weights:
         model_args: Constructor arguments that differ from those of our models of the same size.
         ask: Constructor argument that must be chosen -> why the checkpoint leaves it open.
         left_out: Key of the checkpoint -> why no model needs it.
+        originals: The tensors as they are called in the checkpoint, without what a trainer put around them.
+        averaged: Whether these are the averaged (EMA) ones; None where the checkpoint holds one kind alone.
         timm_model: Name and arguments of timm's model of the same function, where it was named.
     """
     layout: str
@@ -36,6 +38,8 @@ class Weights:
     model_args: Dict[str, Any] = field(default_factory=dict)
     ask: Dict[str, str] = field(default_factory=dict)
     left_out: Dict[str, str] = field(default_factory=dict)
+    originals: Dict[str, Tensor] = field(default_factory=dict)
+    averaged: Optional[bool] = None
     timm_model: Optional[Tuple[str, Dict[str, Any]]] = None
 
 
