@@ -133,7 +133,7 @@ def test_a_rule_in_the_formula(encoding):
             # where it lies in the image once that is squeezed into the size of training
             place = [(row + .5) / s[0] - .5, (column + .5) / s[1] - .5]
             extent = tuple(side / grown for side, grown in zip(grid, s))
-            matrices = oracle.rotations_at(rope, torch.tensor([place]).numpy(), extent, 0, 1)
+            matrices = oracle.rotations_at(rope, torch.tensor([place], dtype=torch.float64).numpy(), extent, 0, 1)
             payload = tables[0][:, start + row * step + column]
             turned = rope.rotation(x[None, :, None], payload[:, None])[0, 1, 0]
             assert torch.allclose(turned, torch.as_tensor(oracle.rotate(x[1:].numpy(), matrices)[0]), atol=1e-9)
@@ -415,7 +415,7 @@ def test_bad_batches(changes, error, words):
 
 
 def test_what_cannot_be():
-    with pytest.raises(TypeError, match='create it with use_naflex=True'):
+    with pytest.raises(TypeError, match='a ViT that is created with use_naflex=True takes'):
         make()(batch_of(images_of()))
     with pytest.raises(TypeError, match='use_naflex=True is for ViTs: the windows of a Swin'):
         timm.create_model('swin_tiny_rope_mixed', use_naflex=True)

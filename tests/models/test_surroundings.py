@@ -331,7 +331,7 @@ NAFLEX = dict(patches=torch.ones(2, 16, 192), patch_coord=torch.ones(2, 16, 2), 
 
 @pytest.mark.parametrize('family', MODELS)
 @pytest.mark.parametrize('given,words', [
-    (NAFLEX, 'dict of patches, patch_coord, patch_valid: a loader for NaFlexVit'),
+    (NAFLEX, 'dict of patches, patch_coord, patch_valid: a ViT that is created with use_naflex=True takes'),
     ({'image': torch.ones(1, 3, 32, 32)}, 'dict of image[.]'),
     ([torch.ones(3, 32, 32)], 'list'), (None, 'NoneType')])
 def test_what_is_no_batch_of_images(family, given, words):

@@ -85,7 +85,7 @@ def specialize(height: int, width: int) -> str:
 def check_images(x: Any) -> None:
     if x is None or isinstance(x, (dict, list, tuple)):
         what = f'{type(x).__name__} of {", ".join(map(str, x))}' if isinstance(x, dict) else type(x).__name__
-        hint = ': create it with use_naflex=True' if isinstance(x, dict) and 'patches' in x else ''
+        hint = ': a ViT that is created with use_naflex=True takes them' if isinstance(x, dict) and 'patches' in x else ''
         raise TypeError(f'The model takes images, one tensor (B, C, H, W), got {what}{hint}.')
 
 
