@@ -28,7 +28,7 @@ MODELS = {
 }
 
 
-def make(name, loud=4., **kwargs):
+def make(name, loud=3., **kwargs):
     """A small model with loud weights: LayerScale near 1, biases, large queries and keys (in 12 blocks chaos)."""
     torch.manual_seed(0)
     model = timm.create_model(name, **{**SMALL, **kwargs})
@@ -44,7 +44,7 @@ def make(name, loud=4., **kwargs):
     return model.eval()
 
 
-def saved(name, folder='theirs', loud=4., **kwargs):
+def saved(name, folder='theirs', loud=3., **kwargs):
     model = make(name, loud, **kwargs)
     save_for_hf(model, folder, safe_serialization=True, model_args={**SMALL, **kwargs})
     return model
@@ -83,6 +83,9 @@ def test_other_orders_of_channels(convert):
     changes = [dict(rope_grid_indexing='ij'), dict(rope_rotate_half=True), dict(rope_temperature=50.)]
     for i, kwargs in enumerate(changes):
         theirs = saved('vit_small_patch16_rope_224', f'theirs{i}', dynamic_img_size=True, **kwargs)
+        if 'rope_rotate_half' in kwargs and not hasattr(theirs.rope, 'rotate_half'):  # an older timm contradicts itself
+            refused(convert, ['pairs of channels in the attention'], f'theirs{i}', f'out{i}')
+            continue
         assert convert(f'theirs{i}', f'out{i}', '--check')[0] == 0
         x = torch.randn(1, 3, 160, 256)
         assert (load(f'out{i}')(x) - theirs(x)).abs().max() < 1e-5
@@ -138,7 +141,10 @@ def test_published_weights_by_the_name_of_timm(convert, monkeypatch):
 def test_what_our_blocks_do_not_have_is_refused(name, kwargs, words, convert):
     if not timm.is_model(name):
         pytest.skip(f'this timm has no {name}')
-    saved(name, **kwargs)
+    try:
+        saved(name, **kwargs)
+    except TypeError as error:
+        pytest.skip(f'this timm cannot build it: {error}')
     refused(convert, [name, *words, 'no model here computes it'], 'theirs', 'out')
 
 

@@ -142,6 +142,17 @@ def test_registers_in_scripts_and_graphs():
     assert torch.equal(torch.compile(rope, backend='eager', fullgraph=True)((6, 5), 5)[0], expected)
 
 
+@pytest.mark.parametrize('coords', ['dinov3', 'dinov3_min', 'eva'])
+def test_a_graph_takes_any_size(coords):
+    model = make('vit_tiny_rope_axial', reg_tokens=4, rope_registers=4, rope_coords=coords, rope_offset=.5)
+    sides = [8 * torch.export.Dim(name, min=2, max=9) for name in ('rows', 'columns')]
+    graph = torch.export.export(
+        model, (torch.randn(1, 3, 32, 48),), dynamic_shapes=({2: sides[0], 3: sides[1]},)).module()
+    for size in ((32, 48), (64, 24), (16, 16)):
+        x = torch.randn(1, 3, *size)
+        assert torch.allclose(graph(x), model(x), atol=1e-5)
+
+
 def test_a_model_turns_its_registers():
     model = make('vit_tiny_rope_axial', reg_tokens=4, rope_registers=4, rope_register_temperature=10.)
     images = torch.randn(1, 3, 32, 48)

@@ -231,7 +231,8 @@ class RotaryEncoding(MakesPayloads):
 
         Args:
             grid_size: (rows, columns) of patches, or as many sizes as the reference grid has.
-            num_prefix_tokens: Tokens in front of the patches (class, registers); their payload is the identity.
+            num_prefix_tokens: Tokens in front of the patches (class, registers); their payload is the identity, but
+                that of registers that have places of their own (an option of `axial`).
 
         Returns:
             One payload per block, (H or 1, prefix + N, W). Blocks that share their frequencies share the tensor.

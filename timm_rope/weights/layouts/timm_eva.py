@@ -70,6 +70,7 @@ def find_eva(name: str, args: Dict[str, Any]) -> Optional[TimmEvaAxial]:
     naver = dict(grid_indexing='xy', in_pixels=False, temperature=100., grid_offset=0., rotate_half=False,
                  ref_feat_shape=None)
     plain = theirs.reg_token is None and isinstance(theirs.fc_norm, nn.Identity) and theirs.cls_token is not None
+    plain = plain and not _halves(theirs.blocks[0].attn)
     if plain and type(rope) is RotaryEmbeddingCat and all(getattr(rope, k, v) == v for k, v in naver.items()):
         return None
     return TimmEvaAxial(name, args, theirs)
@@ -94,6 +95,8 @@ def refusals(theirs: Any) -> List[str]:
             break
     if getattr(block.attn, 'gate', None) is not None:
         found.append('gated attention')
+    if _halves(block.attn) != _halves(rope):  # before timm 1.0.31, where the rotation was always interleaved
+        found.append('pairs of channels in the attention that are none of the rotation')
     if block.attn.proj.in_features != theirs.embed_dim:
         found.append(f'heads of {block.attn.head_dim} channels in a width of {theirs.embed_dim}')
     if type(block.norm1) not in (LayerNorm, nn.LayerNorm, RmsNorm):
@@ -123,8 +126,12 @@ def rotation_of(theirs: Any) -> Tuple[Dict[str, Any], Tensor, Optional[Tuple[int
     head_dim = theirs.embed_dim // theirs.blocks[0].attn.num_heads
     defaults = ENCODINGS['axial'].defaults
     options = {key: value for key, value in options.items() if value != defaults[key]}
-    half, y_first = bool(getattr(rope, 'rotate_half', False)), rope.grid_indexing == 'ij'
-    return options, interleaved(head_dim, half, y_first), grid
+    return options, interleaved(head_dim, _halves(rope), y_first=rope.grid_indexing == 'ij'), grid
+
+
+def _halves(module: Any) -> bool:
+    """Whether a pair of channels is one of the first and one of the second half of a head."""
+    return bool(getattr(module, 'rotate_half', False))
 
 
 def structure_of(theirs: Any) -> Dict[str, Any]:
