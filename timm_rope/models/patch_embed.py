@@ -85,7 +85,8 @@ def specialize(height: int, width: int) -> str:
 def check_images(x: Any) -> None:
     if x is None or isinstance(x, (dict, list, tuple)):
         what = f'{type(x).__name__} of {", ".join(map(str, x))}' if isinstance(x, dict) else type(x).__name__
-        hint = ': a ViT that is created with use_naflex=True takes them' if isinstance(x, dict) and 'patches' in x else ''
+        patches = isinstance(x, dict) and 'patches' in x
+        hint = ': a ViT that is created with use_naflex=True takes them' if patches else ''
         raise TypeError(f'The model takes images, one tensor (B, C, H, W), got {what}{hint}.')
 
 
