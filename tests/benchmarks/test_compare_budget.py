@@ -133,7 +133,7 @@ def test_seconds_are_those_of_all_images(monkeypatch, tmp_path):
         clock[0] += 2
         update(*args)
 
-    def tested(model, task, size, limit, groups=None):
+    def tested(model, task, size, limit, groups=None, degrees=0.):
         clock[0] += .01 * limit
         return 0, limit
 
