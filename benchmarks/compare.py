@@ -21,7 +21,6 @@ from comparison.report import plot_accuracy, plot_curves, tables
 from timm_rope import list_ropes
 from timm_rope.cli.demo.images import NoImages
 
-# in the order of table 2 of arXiv 2511.08368
 METHODS = ('ape', *list_ropes())
 MORE = ('none',)
 

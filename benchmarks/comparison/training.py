@@ -28,12 +28,17 @@ def model_name(method: str) -> str:
     return 'vit_tiny_ape' if method == 'ape' else f'vit_tiny_rope_{"axial" if method == "none" else method}'
 
 
+def vit_arguments(method: str, recipe: Recipe) -> Dict[str, Any]:
+    """Arguments of timm.create_model, `model_name` too."""
+    none = dict(rope_encoding='none') if method == 'none' else {}
+    return dict(model_name=model_name(method), **recipe.model_kwargs(), **none)
+
+
 def build(method: str, task: Any, recipe: Recipe, seed: int) -> Any:
     """The model in training mode; weights depend on the seed and, as encodings draw theirs first, on the method."""
     torch.manual_seed(seed)
-    kwargs: Dict[str, Any] = dict(rope_encoding='none') if method == 'none' else {}
     model: Any = timm.create_model(
-        model_name(method), in_chans=task.in_chans, num_classes=task.num_classes, **recipe.model_kwargs(), **kwargs)
+        **vit_arguments(method, recipe), in_chans=task.in_chans, num_classes=task.num_classes)
     return model.to(task.device).train()
 
 

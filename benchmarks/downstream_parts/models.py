@@ -5,16 +5,10 @@ from typing import Any, Dict, Sequence
 import timm
 import torch
 from comparison.recipe import Recipe
-from comparison.training import model_name
+from comparison.training import vit_arguments
 from torch import Tensor, nn
 
 from timm_rope.cli.demo.command import autocast
-
-
-def vit_arguments(method: str, recipe: Recipe) -> Dict[str, Any]:
-    """Arguments of timm.create_model, `model_name` too."""
-    none = dict(rope_encoding='none') if method == 'none' else {}
-    return dict(model_name=model_name(method), **recipe.model_kwargs(), **none)
 
 
 class SimplePyramid(nn.Module):

@@ -8,9 +8,8 @@ from typing import Callable, Iterable, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..positions.coordinates import Grid
 from .turns import Turn, rotation_matrices
-
-Grid = Tuple[int, ...]
 
 
 def pattern_map(turn: Turn, grid: Grid = (31, 31)) -> Tensor:

@@ -6,15 +6,13 @@ Perception Encoder); out come rotations in one form, so that everything else in 
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor, nn
 
 from ..encodings import RotaryEncoding
-from ..positions.coordinates import grid_axes, to_grid
-
-Grid = Tuple[int, ...]
+from ..positions.coordinates import Grid, grid_axes, to_grid
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ def planes(generators: Tensor, head_dim: int, size: int) -> Tuple[Tensor, Tensor
 
     Returns:
         Wave vectors of the pairs, (D, L, H, head_dim // 2), x first, and the basis Q, (L, H, head_dim, head_dim): its
-        columns are the pairs
-        (2k, 2k + 1), then what does not turn.
+        columns are the pairs (2k, 2k + 1), then what does not turn.
 
     Raises:
         ValueError: The generators of a block do not commute; the message is a reason and says by how much.

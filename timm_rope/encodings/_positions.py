@@ -102,8 +102,9 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
             extent = to_grid(extent, 'extent', self.dims)
         if self._undecided and not recording() and not traced:
             self._settle(extent)
-        if self._are_patches(coordinates, extent):
-            return self._look_up(coordinates, extent, num_prefix_tokens)
+        looked_up = self._grid_of_patches(coordinates, extent)
+        if looked_up is not None:
+            return self._look_up(coordinates, looked_up, num_prefix_tokens)
         grid = None if extent is None else list(extent)
         axes = point_axes(
             coordinates, grid, self.reference_grid, self.freqs, self.coords, self.span, self.centered, self.offset)
@@ -111,22 +112,21 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
         parts = by_image(prefix, table[:, :, 1:-1], coordinates)  # without the ends of the grid
         return per_block(parts[0], parts[1], num_prefix_tokens, self.depth, self.register_side * self.register_side)
 
-    def _are_patches(self, coordinates: Tensor, extent: Optional[Grid]) -> bool:
-        """Whether points are patches of their grid, and enough of them to make its payloads for."""
+    def _grid_of_patches(self, coordinates: Tensor, extent: Optional[Grid]) -> Optional[Grid]:
+        """The grid that all points are patches of, if they are enough of them to make its payloads for; else None."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or not plain(coordinates, self.reference_grid):
-            return False
+            return None
         if coordinates.is_floating_point() or (self._augmented and self.training):
-            return False
+            return None
         grid = extent or read_grid(self.reference_grid, 'reference_grid', self.dims)
         kept = not (torch.is_grad_enabled() and self.freqs.requires_grad)
         if math.prod(grid) > coordinates.numel() // self.dims * (PER_POINT if kept else 1):
-            return False
+            return None
         last = torch.tensor([side - 1 for side in grid], device=coordinates.device)
-        return bool(((coordinates >= 0) & (coordinates <= last)).all())
+        return grid if bool(((coordinates >= 0) & (coordinates <= last)).all()) else None
 
-    def _look_up(self, coordinates: Tensor, extent: Optional[Grid], num_prefix_tokens: int) -> List[Tensor]:
+    def _look_up(self, coordinates: Tensor, grid: Grid, num_prefix_tokens: int) -> List[Tensor]:
         """Rows of the payloads of the whole grid."""
-        grid = extent or read_grid(self.reference_grid, 'reference_grid', self.dims)
         places = torch.zeros_like(coordinates[..., 0], dtype=torch.long)
         for axis, side in enumerate(grid):
             places = places * side + coordinates[..., axis].long()

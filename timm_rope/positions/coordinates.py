@@ -90,10 +90,15 @@ def grid_axes(
         D tensors (size,), y and x of an image.
     """
     reference = widest(reference_grid.to(like.dtype)).round()
-    size = torch.stack([torch.full_like(reference[i], grid[i]) for i in range(len(grid))])
+    size = sizes(grid, reference)
     indices = [index_axis(grid[i], reference) for i in range(len(grid))]
     reference, size = unit(reference, coords), unit(size, coords)
     return [_places(indices[i], size[i], reference[i], coords, span, centered, offset) for i in range(len(grid))]
+
+
+def sizes(grid: List[int], like: Tensor) -> Tensor:
+    """The sizes of a grid, (D,), as another tensor (D,) of sizes; they may be symbols of a graph."""
+    return torch.stack([torch.full_like(like[i], grid[i]) for i in range(len(grid))])
 
 
 def index_axis(size: int, like: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ def point_axes(
     reference = widest(reference_grid.to(like.dtype)).round()
     size = reference
     if extent is not None:
-        size = torch.stack([torch.full_like(reference[i], extent[i]) for i in range(len(extent))])
+        size = sizes(extent, reference)
     wide = widest(points if points.dtype in (torch.float32, torch.float64) else points.to(like.dtype))
     wide = wide.reshape(-1, points.shape[-1])
     wide = torch.cat((torch.zeros_like(size).unsqueeze(0), wide, (size - 1.).unsqueeze(0)))

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .._precision import widest
-from .coordinates import unit
+from .coordinates import sizes, unit
 
 RULES = ('extrapolate', 'interpolate', 'ntk', 'yarn')
 
@@ -64,8 +64,7 @@ def growth(grid: List[int], reference_grid: Tensor, like: Tensor, coords: str = 
     """
     reference = widest(reference_grid.to(like.dtype)).round()
     # a number divided by a tensor is rounded twice, and 49 / 49 is not 1
-    size = torch.stack([torch.full_like(reference[i], grid[i]) for i in range(len(grid))])
-    s = (unit(size, coords) / unit(reference, coords)).flip(0)
+    s = (unit(sizes(grid, reference), coords) / unit(reference, coords)).flip(0)
     return s if own_rule(coords) == 'interpolate' else s.clamp(min=1.)
 
 

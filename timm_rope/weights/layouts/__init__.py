@@ -31,9 +31,9 @@ LAYOUTS: Sequence[Layout] = [
     TimmVit()]
 
 
-def find_layout(tensors: Dict[str, Any]) -> Optional[Layout]:
+def find_layout(tensors: Dict[str, Any], layouts: Sequence[Layout] = LAYOUTS) -> Optional[Layout]:
     """The layout whose keys these are."""
-    return next((layout for layout in LAYOUTS if not layout.differences(tensors)), None)
+    return next((layout for layout in layouts if not layout.differences(tensors)), None)
 
 
 def recognise(checkpoint: Any, known: Optional[Layout] = None) -> Weights:
@@ -51,7 +51,7 @@ def recognise(checkpoint: Any, known: Optional[Layout] = None) -> Weights:
     """
     tensors, average, extra = unwrap(checkpoint)
     layouts = LAYOUTS if known is None else [known]
-    layout = next((each for each in layouts if not each.differences(tensors)), None)
+    layout = find_layout(tensors, layouts)
     if layout is None:
         differences = {other.name: other.differences(tensors) for other in layouts}
         fewest = min(map(len, differences.values()))
