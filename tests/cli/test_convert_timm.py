@@ -8,7 +8,7 @@ import torch
 from converting import load, refused
 
 from timm_rope._timm import save_for_hf
-from timm_rope.weights import origin
+from timm_rope.weights import source
 
 SMALL = dict(embed_dim=64, depth=2, num_heads=2, num_classes=5)
 # model of timm -> arguments beside those above, image size, another size
@@ -115,11 +115,11 @@ def test_published_weights_by_the_name_of_timm(convert, monkeypatch):
     def fetch(repo_id, filename, cache_dir=None):
         asked.append(repo_id)
         if filename == 'config.json':
-            raise origin.HubError('there is none')
+            raise source.HubError('there is none')
         return Path('theirs/model.safetensors')
 
-    monkeypatch.setattr(origin, 'fetch', fetch)
-    monkeypatch.setattr(origin, 'verify', lambda path: None)
+    monkeypatch.setattr(source, 'fetch', fetch)
+    monkeypatch.setattr(source, 'verify', Path.stat)
     code, out, err = convert(f'timm:{name}', 'out')
     assert code == 0 and set(asked) == {timm.get_pretrained_cfg(name).hf_hub_id}, err
     config = json.loads(Path('out/config.json').read_text())

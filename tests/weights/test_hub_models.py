@@ -16,7 +16,7 @@ from tiny import TINY, make
 
 from timm_rope._timm import push_to_hf_hub, save_for_hf
 from timm_rope.models import rope_swin, rope_vit
-from timm_rope.weights import pretrained as pretrained_module
+from timm_rope.weights import source as source_module
 from timm_rope.weights.files import read_weights
 from timm_rope.weights.hub import HubError
 from timm_rope.weights.hub_cache import CorruptWeightsError, verify
@@ -141,9 +141,9 @@ def test_no_pickle_is_opened_before_it_is_verified(hub, model, monkeypatch, name
     torch.save(model.state_dict(), out)
     hub.add(REPO, {name: out.getvalue()})
     done, opened = [], []
-    monkeypatch.setattr(pretrained_module, 'verify', lambda path: [
+    monkeypatch.setattr(source_module, 'verify', lambda path: [
         threading.Event().wait(.2), verify(path), done.append(path)][1])
-    monkeypatch.setattr(pretrained_module, 'read_weights', lambda path: [
+    monkeypatch.setattr(source_module, 'read_weights', lambda path: [
         opened.append(list(done)), read_weights(path)][1])
     created = timm.create_model(
         NAME, pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=REPO, num_classes=5), **TINY)
@@ -169,8 +169,8 @@ def test_what_was_hashed_is_what_was_read(hub, model, create, monkeypatch):
         read.set()
         return content
 
-    monkeypatch.setattr(pretrained_module, 'verify', replaced_first)
-    monkeypatch.setattr(pretrained_module, 'read_weights', reads)
+    monkeypatch.setattr(source_module, 'verify', replaced_first)
+    monkeypatch.setattr(source_module, 'read_weights', reads)
     with pytest.raises(HubError, match='model.safetensors was replaced .*try again'):
         create()
     monkeypatch.undo()

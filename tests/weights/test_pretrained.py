@@ -14,7 +14,8 @@ from tiny import TINY, make
 from timm_rope import list_ropes
 from timm_rope._timm import create_without_memory, save_for_hf
 from timm_rope.models.rope_vit import MODEL_ARGS, PUBLISHED
-from timm_rope.weights.pretrained import PLACEHOLDER, find_weights
+from timm_rope.weights.pretrained import PLACEHOLDER
+from timm_rope.weights.source import open_folder
 
 NAME = 'vit_tiny_rope_mixed'
 
@@ -158,17 +159,17 @@ def test_the_file_of_a_folder(tmp_path):
             (path / name).touch()
         return path
 
-    assert find_weights(folder('a.bin', 'model.safetensors', 'pytorch_model.bin')).name == 'model.safetensors'
-    assert find_weights(folder('b.safetensors', 'pytorch_model.bin')).name == 'b.safetensors'
-    assert find_weights(folder('config.json', 'last.pth.tar')).name == 'last.pth.tar'
-    assert find_weights(folder('a.pth', 'pytorch_model.bin')).name == 'pytorch_model.bin'
+    assert open_folder(folder('a.bin', 'model.safetensors', 'pytorch_model.bin')).path.name == 'model.safetensors'
+    assert open_folder(folder('b.safetensors', 'pytorch_model.bin')).path.name == 'b.safetensors'
+    assert open_folder(folder('config.json', 'last.pth.tar')).path.name == 'last.pth.tar'
+    assert open_folder(folder('a.pth', 'pytorch_model.bin')).path.name == 'pytorch_model.bin'
     for names, words in (
             (('a.safetensors', 'b.safetensors', 'pytorch_model.bin'), 'several: a.safetensors, b.safetensors'),
             (('a.pth', 'b.bin'), 'several: a.pth, b.bin'), ((), 'it holds none'), (('config.json',), 'it holds none')):
         with pytest.raises(ValueError, match=words):
-            find_weights(folder(*names))
+            open_folder(folder(*names))
     with pytest.raises(ValueError, match='is no folder'):
-        find_weights(tmp_path / 'absent')
+        open_folder(tmp_path / 'absent')
 
 
 def test_no_random_weights_are_made_for_weights_that_replace_them(monkeypatch):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .._timm import resolve_model_input_args
 from ..positions.coordinates import read_grid
-from ..weights.files import read_weights, sha256_of
+from ..weights.files import sha256_of
 from ..weights.layouts import unwrap
 from ..weights.origin import training_config
-from ..weights.pretrained import find_weights
+from ..weights.source import WeightFile, open_folder, open_path
 
 # arguments of training that say where weights were to come from, or that only the weights can answer
 NOT_OF_THE_MODEL = ('rope_warm_start', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path',
@@ -36,15 +36,15 @@ class Source:
     """
     text: str
     name: str
-    checkpoint: Optional[Path] = None
+    checkpoint: Optional[WeightFile] = None
     untrained: bool = False
 
     def sha256(self) -> Optional[str]:
         """Hash of the local files that decide what is evaluated; None for published weights."""
-        files: List[Path] = [] if self.checkpoint is None else [self.checkpoint]
+        files: List[Path] = [] if self.checkpoint is None else [self.checkpoint.path]
         if self.name.startswith('local-dir:'):
             folder = Path(self.name.partition(':')[2])
-            files = [folder / 'config.json', find_weights(folder)]
+            files = [folder / 'config.json', open_folder(folder).path]
         return sha256_of(*files) if files else None
 
 
@@ -75,7 +75,7 @@ def parse_source(text: str, untrained: bool = False) -> Source:
     if text.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
         source, model_id = parse_model_name(text)
         if source == 'local-dir':
-            find_weights(Path(model_id))
+            open_folder(model_id)
             if not (Path(model_id) / 'config.json').is_file():
                 raise ValueError(f'{model_id} holds no config.json, which says what model the weights are of.')
         return Source(text, text)
@@ -92,9 +92,9 @@ def parse_source(text: str, untrained: bool = False) -> Source:
     except RuntimeError as error:
         raise ValueError(f'{name}: {error}') from None
     if given:
-        if not Path(checkpoint).is_file():
-            raise ValueError(f'{text!r}: there is no file {checkpoint!r}.')
-        return Source(text, name, Path(checkpoint))
+        if Path(checkpoint).is_dir():
+            raise ValueError(f'{text!r}: {checkpoint} is a folder; one of save_for_hf is named local-dir:{checkpoint}.')
+        return Source(text, name, open_path(checkpoint))
     if untrained:
         return Source(text, name, untrained=True)
     if cfg is None or not cfg.has_weights:
@@ -116,10 +116,10 @@ def load(source: Source, model_kwargs: Dict[str, Any], use_ema: bool) -> Subject
     if source.checkpoint is None:
         pretrained = not source.untrained
         return Subject(source, timm.create_model(source.name, pretrained=pretrained, **model_kwargs).eval())
-    weights, average, extra = unwrap(read_weights(source.checkpoint))
+    weights, average, extra = unwrap(source.checkpoint.read())
     if use_ema:
         if not average:
-            raise ValueError(f'{source.checkpoint} holds no averaged (EMA) weights: leave out --use-ema.')
+            raise ValueError(f'{source.checkpoint.path} holds no averaged (EMA) weights: leave out --use-ema.')
         weights = average
     kwargs, data = _as_trained(source, weights, extra)
     model = timm.create_model(**resolve_model_input_args(source.name, {}, **{**kwargs, **model_kwargs}))
@@ -130,9 +130,9 @@ def load(source: Source, model_kwargs: Dict[str, Any], use_ema: bool) -> Subject
 def _as_trained(
         source: Source, weights: Dict[str, Tensor], extra: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """Constructor arguments and preparation of images, as far as the checkpoint tells."""
-    config = training_config(extra)
+    config, path = training_config(extra), source.checkpoint.path if source.checkpoint else None
     if config.architecture and config.architecture != source.name.partition('.')[0]:
-        raise ValueError(f'{source.checkpoint} holds weights of {config.architecture!r}, not of {source.name!r}.')
+        raise ValueError(f'{path} holds weights of {config.architecture!r}, not of {source.name!r}.')
     kwargs = {key: value for key, value in config.model_args.items() if key not in NOT_OF_THE_MODEL}
     cfg = timm.get_pretrained_cfg(source.name)
     if config.architecture:

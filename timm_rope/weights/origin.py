@@ -1,7 +1,7 @@
 """Where a checkpoint comes from, and what was written down about it.
 
 In comes what a user names, a file, a folder, a repository of the Hub or a model of timm; out comes an `Origin`: the
-file on this machine, verified, and the `Config` that a config.json or timm's train.py left about the model.
+opened file, and the `Config` that a config.json or timm's train.py left about the model.
 """
 import argparse
 import json
@@ -11,10 +11,9 @@ from typing import Any, Dict, Optional, Tuple
 
 import timm
 
-from .files import sha256_of
-from .hub import HubError, fetch
-from .hub_cache import verify
-from .pretrained import find_weights
+from .hub import HubError
+from .hub_cache import CorruptWeightsError
+from .source import WeightFile, open_path, open_repository
 
 HUB, TIMM = 'hf-hub:', 'timm:'
 # what a config.json tells about the preparation of images. Its licence is not read, since timm writes there that of
@@ -43,28 +42,24 @@ class Config:
 
 @dataclass
 class Origin:
-    """A weight file.
+    """A weight file, and what is known of it.
 
     Attributes:
-        path: The file.
+        file: The file.
         name: What a reader can find it by: 'hf-hub:org/name@revision, file' or the name of a local file.
         repo_id: Of the Hub, without the revision; '' for local files.
         config: Of the config.json beside it.
         license: As timm notes it for weights of its own; None if it is not known.
     """
-    path: Path
+    file: WeightFile
     name: str
     repo_id: str = ''
     config: Config = field(default_factory=Config)
     license: Optional[str] = None
 
-    def sha256(self) -> str:
-        """Hash of the file, 64 hexadecimal digits."""
-        return sha256_of(self.path)
-
 
 def find_origin(source: str, filename: Optional[str] = None) -> Origin:
-    """Find the weight file that is meant; from the Hub it is downloaded and verified.
+    """Find the weight file that is meant; from the Hub it is downloaded.
 
     Args:
         source: A weight file, a folder with one, 'hf-hub:org/name[@revision]', or 'timm:NAME[.TAG]' for weights that
@@ -79,26 +74,25 @@ def find_origin(source: str, filename: Optional[str] = None) -> Origin:
         return _published_by_timm(source[len(TIMM):], filename)
     if source.startswith(HUB):
         repo_id = source[len(HUB):]
-        path = fetch(repo_id, filename)
-        verify(path)
+        file = open_repository(repo_id, filename)
         folder = (filename or '').rpartition('/')[0]
         try:
-            beside = fetch(repo_id, f'{folder}/config.json' if folder else 'config.json')
+            beside = open_repository(repo_id, f'{folder}/config.json' if folder else 'config.json')
+        except CorruptWeightsError:
+            raise
         except HubError:  # not there, or not to be had: then the user says what it would have said
             config = Config()
         else:
-            verify(beside)
-            config = read_config(beside)
-        return Origin(path, f'{source}, {path.name}', repo_id.partition('@')[0], config)
-    path = Path(source)
-    if path.is_dir():
-        path = path / filename if filename else find_weights(path)
-    elif filename:
-        raise ValueError(f'filename {filename!r} names a file in a folder or on the Hub, and {source} is neither.')
-    if not path.is_file():
-        hint = f"; for a repository of the Hub write '{HUB}{source}'" if source.count('/') == 1 else ''
-        raise ValueError(f'There is no weight file {path}{hint}.')
-    return Origin(path, path.name, config=read_config(path.parent / 'config.json'))
+            beside.wait()
+            config = read_config(beside.path)
+        return Origin(file, f'{source}, {file.path.name}', repo_id.partition('@')[0], config)
+    try:
+        file = open_path(source, filename)
+    except ValueError as error:
+        if source.count('/') != 1 or Path(source).exists():
+            raise
+        raise ValueError(f"{error} For a repository of the Hub write '{HUB}{source}'.") from None
+    return Origin(file, file.path.name, config=read_config(file.path.parent / 'config.json'))
 
 
 def _published_by_timm(name: str, filename: Optional[str]) -> Origin:

@@ -6,10 +6,8 @@ verified, and a model that cannot take them is not built in vain. Hashing runs b
 """
 import dataclasses
 import logging
-import os
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 from timm.layers import trunc_normal_
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
@@ -17,16 +15,14 @@ from torch import Tensor, nn
 
 from .._checks import check_flag
 from .._timm import args_of_config, keep_channels, record_model_args
-from .files import is_safetensors, read_weights
-from .hub import HubError, fetch
-from .hub_cache import verify, verify_cached
-from .layouts import Weights, first, recognise
+from .hub_cache import verify_cached
+from .layouts import Weights, recognise
+from .source import WeightFile, open_folder, open_repository
 
 _logger = logging.getLogger(__name__)
 
 # given to timm as the state dict of the cfg, which it prefers to every other source, so that it reads nothing itself
 PLACEHOLDER = {'read by timm_rope': True}
-SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt', '.pth.tar', '.ckpt')
 
 
 def build(
@@ -118,56 +114,33 @@ class PretrainedSource:
         self.fit = fit
         self.cfg, state_dict = _without_state_dict(name, pretrained_cfg, overlay)
         self.weights: Optional[Weights] = None
-        self._verified: Optional[Future] = None
-        self._path: Optional[Path] = None
-        self._read: List[os.stat_result] = []
-        path = self._path = self._find(cache_dir) if state_dict is None else None
-        if state_dict is None and path is None:
+        self.file = self._open(cache_dir) if state_dict is None else None
+        if self.file is not None:
+            state_dict = self.file.read()
+        if state_dict is None:
             return  # timm downloads a url and reads formats of its own itself, and complains if there is nothing
         try:
-            self.weights = recognise(self._read_file(path) if path is not None else state_dict)
+            self.weights = recognise(state_dict)
         except Exception:
             self._wait()  # if the hash is wrong, that error is the cause of this one
             raise
 
-    def _find(self, cache_dir: Any) -> Optional[Path]:
+    def _open(self, cache_dir: Any) -> Optional[WeightFile]:
         source, file, hub_id = (self.cfg.get(key) for key in ('source', 'file', 'hf_hub_id'))
         if source == 'local-dir':
-            return find_weights(Path(str(file)))
+            return open_folder(str(file))
         if file and source != 'hf-hub':
             # files with `custom_load`, such as .npz, are read by timm
-            return None if self.cfg.get('custom_load') else Path(file)
+            return None if self.cfg.get('custom_load') else WeightFile(Path(file))
         if not hub_id:
             return None
         if source == 'hf-hub':
             verify_cached(hub_id, 'config.json', cache_dir)  # timm has read it, but built nothing from it yet
-        path = fetch(hub_id, self.cfg.get('hf_hub_filename'), cache_dir)
-        try:
-            safe = is_safetensors(path)
-        except FileNotFoundError:  # another process found it damaged and removed it; `verify` will say so
-            safe = False
-        # tensors of safetensors stay in the file until they are copied into the model, which waits for the result
-        pool = ThreadPoolExecutor(1)
-        self._verified = pool.submit(verify, path)
-        pool.shutdown(wait=False)
-        if not safe:
-            self._verified.result()  # a pickle is opened only when its hash is right, whatever its name
-        return path
-
-    def _read_file(self, path: Path) -> Dict[str, Any]:
-        """The file, and by which status a file that takes its place is told from it."""
-        before = path.stat() if path.is_file() else None
-        content = read_weights(path)
-        self._read = [status for status in (before, path.stat()) if status is not None]
-        return content
+        return open_repository(hub_id, self.cfg.get('hf_hub_filename'), cache_dir)
 
     def _wait(self) -> None:
-        """Wait for the hash; what was hashed must be what was read."""
-        if self._verified is None:
-            return
-        hashed = self._verified.result()
-        if not all(os.path.samestat(hashed, status) for status in self._read):
-            raise HubError(f'{self._path} was replaced by another process while it was read: try again.')
+        if self.file is not None:
+            self.file.wait()
 
     def model_args(self, given: Dict[str, Any], encoding: str) -> Dict[str, Any]:
         """Constructor arguments that the weights need and the caller did not give.
@@ -220,25 +193,6 @@ class PretrainedSource:
                 cfg['first_conv'] = self.cfg.get('first_conv')
             if isinstance(cfg, dict) and cfg.pop('state_dict', None) is not None and self.cfg.get('source'):
                 cfg['source'] = self.cfg['source']
-
-
-def find_weights(folder: Path) -> Path:
-    """The weight file of a folder: safetensors first.
-
-    Raises:
-        ValueError: No weight file, or several of the same kind; lists them.
-    """
-    if not folder.is_dir():
-        raise ValueError(f'{folder} is no folder: expected one with config.json and model.safetensors.')
-    files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and path.name.endswith(SUFFIXES)}
-    safe = [name for name in files if name.endswith('.safetensors')]
-    for name in ('model.safetensors', *safe[:len(safe) == 1], *([] if safe else ['pytorch_model.bin'])):
-        if name in files:
-            return files[name]
-    if len(files) != 1:
-        found = f'several: {first(list(files))}' if files else 'none'
-        raise ValueError(f'{folder} must hold one weight file, preferably model.safetensors; it holds {found}.')
-    return files.popitem()[1]
 
 
 def _without_state_dict(name: str, cfg: Any, overlay: Any) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]]:

@@ -16,7 +16,6 @@ from torch import nn
 from ..._checks import check_size
 from ...encodings import RotaryEncoding
 from ...positions.coordinates import read_grid
-from ...weights.files import read_weights
 from ...weights.fit_swin import fit as fit_swin
 from ...weights.fit_vit import fit
 from ...weights.layouts import Layout, Weights, find_eva, recognise
@@ -137,9 +136,10 @@ def convert(
     check_license(license)
     size = None if img_size is None else check_size(img_size, 'img_size')
     origin = find_origin(source, filename)
-    if origin.path.resolve().is_relative_to(target):
-        raise ValueError(f'out must not be the folder of the weights, {target} holds {origin.path.name}.')
-    checkpoint = read_weights(origin.path)
+    if origin.file.path.resolve().is_relative_to(target):
+        raise ValueError(f'out must not be the folder of the weights, {target} holds {origin.file.path.name}.')
+    checkpoint = origin.file.read()
+    origin.file.wait()
     model, layout = _named(model, origin, checkpoint)
     weights = recognise(checkpoint, layout)
     config: Dict[str, Any] = dict(input_size=origin.config.data.get('input_size'))
@@ -156,10 +156,10 @@ def convert(
         left_out['pos_embed'] = 'not trained, and not used by the model'
     kind = {} if weights.averaged is None else {'weights': KINDS[weights.averaged]}
     facts = _facts(arch, built, weights)
-    for line in (str(origin.path), *_report({**facts, **kind}, left_out, arch.assumed)):
+    for line in (str(origin.file.path), *_report({**facts, **kind}, left_out, arch.assumed)):
         say(line)
 
-    came_from = {'file': origin.name, 'SHA-256': origin.sha256(), **kind}
+    came_from = {'file': origin.name, 'SHA-256': origin.file.sha256(), **kind}
     with new_folder(target, force) as folder:
         write_model(built, folder, _labels(origin, built))
         card = write_card(
