@@ -31,13 +31,31 @@ def is_exporting() -> bool:
     """Whether `torch.export` is recording."""
     if hasattr(torch.compiler, 'is_exporting'):  # torch 2.7
         return _is_exporting()
-    # an export that dynamo runs (strict, the default of those releases) looks like compilation
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    if torch.compiler.is_dynamo_compiling():
+        return _dynamo_exports()
+    return torch.compiler.is_compiling()
 
 
 @constant_in_graphs  # dynamo of torch 2.11 takes every compilation for an export
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
+
+
+def sdpa_takes_proxies() -> bool:
+    """Whether FX can trace attention whose `is_causal` is an argument of the model; torch 2.8 cannot."""
+    proxy = torch.fx.Proxy(torch.fx.Graph().placeholder('x'))
+    try:
+        F.scaled_dot_product_attention(proxy, proxy, proxy, is_causal=proxy)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
+
+
+@constant_in_graphs
+def _dynamo_exports() -> bool:
+    """Whether dynamo is at work for an export: a strict one, which was the default up to torch 2.6."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    return bool(InstructionTranslator.current_tx().output.export)
 
 
 @torch.jit.unused

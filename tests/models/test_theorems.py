@@ -68,7 +68,7 @@ def test_commuting_generators_are_mixed(kwargs):
     mixed = convert_encoding(model, 'mixed')
     assert mixed.rope.name == 'mixed' and not isinstance(mixed.rope.rotation, BlockRotation)
     for size in ((32, 32), (48, 24)):
-        assert error(model, mixed, *size) < 1e-5
+        assert error(model, mixed, *size) < 2e-5  # each rotation is within 5e-6, in each of the blocks
     exact = model.double()
     fill(exact.rope, commuting)  # not rounded to float32
     assert error(exact, convert_encoding(exact, 'mixed'), 48, 40) < 1e-10, 'only rounding differs'

@@ -241,7 +241,7 @@ def test_packed_archives(tmp_path, weights, name):
             read_weights(path)
     folder = zipfile.ZipFile(io.BytesIO(data)).namelist()[0].partition('/')[0]
     path.write_bytes(packed_anew(data, zipfile.ZIP_DEFLATED, bomb=1 << 24, extra=f'{folder}/constants.pkl'))
-    with pytest.raises(ValueError, match='TorchScript'):
+    with pytest.raises(ValueError, match='TorchScript|damaged'):  # the latter with torch 2.5
         read_weights(path)
 
 

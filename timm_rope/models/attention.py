@@ -10,6 +10,7 @@ from timm.layers import maybe_add_mask
 from torch import Tensor
 
 from .._timm import Attention, Block, resolve_self_attn_mask
+from .._tracing import sdpa_takes_proxies
 from ..kernels import does_nothing, owned, rotate, unpack
 from ..rotations import Rotation
 from .block_positions import BlockPositions
@@ -17,6 +18,16 @@ from .block_positions import BlockPositions
 # traced graphs keep these two as single nodes, as those of timm's own attention do
 torch.fx.wrap('maybe_add_mask')
 torch.fx.wrap('resolve_self_attn_mask')
+
+
+def attend(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], dropout_p: float, is_causal: bool) -> Tensor:
+    """torch's scaled dot-product attention; with an older torch FX keeps it as one node, under this name."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal)
+
+
+if not sdpa_takes_proxies():
+    torch.fx.wrap('attend')
 
 
 class RopeAttention(Attention):
@@ -67,12 +78,7 @@ class RopeAttention(Attention):
             if torch.jit.is_tracing():
                 is_causal = bool(is_causal)  # the older exporter to ONNX passes a tensor
         if self.fused_attn:
-            out = F.scaled_dot_product_attention(
-                q, k, v,
-                attn_mask=attn_mask,
-                dropout_p=self.attn_drop.p if self.training else 0.,
-                is_causal=is_causal,
-            )
+            out = attend(q, k, v, attn_mask, self.attn_drop.p if self.training else 0., is_causal)
         else:
             scores = (q * self.scale) @ k.transpose(-2, -1)
             scores = maybe_add_mask(scores, resolve_self_attn_mask(N, scores, attn_mask, is_causal))

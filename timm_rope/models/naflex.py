@@ -90,7 +90,9 @@ class RopeNaFlexVit(RopeVisionTransformer):
             patch_valid: Optional[Tensor] = None,
     ) -> Tensor:
         """Images (B, C, H, W), a dictionary of patches, or patches with `patch_coord` -> logits."""
-        return self.forward_head(self.forward_features(x, attn_mask, is_causal, patch_coord, patch_valid))
+        # in two steps: across the break of `_place` dynamo of torch 2.8 would compile a bound method anew in every call
+        features = self.forward_features(x, attn_mask, is_causal, patch_coord, patch_valid)
+        return self.forward_head(features)
 
     def forward_features(  # type: ignore[override]
             self, x: Any, attn_mask: Optional[Tensor] = None, is_causal: bool = False,
@@ -252,7 +254,8 @@ def _interpolator(patch_size: Tuple[int, int]) -> PatchEmbedInterpolator:
 def _is_plain(proj: nn.Module) -> bool:
     """Whether a projection may be computed from its weights: nobody looks on, or has put another one in its place."""
     hooks = proj._forward_hooks or proj._forward_pre_hooks
-    return type(proj) is nn.Conv2d and not hooks and 'forward' not in vars(proj)
+    # dynamo of torch 2.8 cannot follow `vars`
+    return type(proj) is nn.Conv2d and not hooks and 'forward' not in proj.__dict__
 
 
 class Placed(NamedTuple):
