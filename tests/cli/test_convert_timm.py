@@ -20,11 +20,11 @@ MODELS = {
     'vit_base_patch16_lingbot': ({}, (512, 512), (160, 256)),
     'vit_medium_patch16_rope_reg1_gap_256': (dict(dynamic_img_size=True), (256, 256), (160, 320)),
     'vit_betwixt_patch16_rope_reg4_gap_256': (dict(dynamic_img_size=True), (256, 256), (512, 96)),
-    'vit_pe_spatial_tiny_patch16_512': (dict(img_size=512), (512, 512), None),
-    'vit_pe_lang_large_patch14_448': (dict(img_size=448), (448, 448), None),
-    'eva02_tiny_patch14_224': ({}, (224, 224), None),
-    'eva02_base_patch14_448': ({}, (448, 448), None),  # a norm in the MLP, separate projections
-    'eva02_base_patch16_clip_224': ({}, (224, 224), None),  # and in the attention
+    'vit_pe_spatial_tiny_patch16_512': (dict(img_size=512, dynamic_img_size=True), (512, 512), (160, 256)),
+    'vit_pe_lang_large_patch14_448': (dict(img_size=448, dynamic_img_size=True), (448, 448), (140, 280)),
+    'eva02_tiny_patch14_224': (dict(dynamic_img_size=True), (224, 224), (140, 280)),
+    'eva02_base_patch14_448': (dict(dynamic_img_size=True), (448, 448), (154, 280)),  # a norm in the MLP
+    'eva02_base_patch16_clip_224': (dict(dynamic_img_size=True), (224, 224), (96, 320)),  # and in the attention
 }
 
 

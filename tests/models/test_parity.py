@@ -93,6 +93,21 @@ def test_in_tree_naflex(ours, theirs):
     assert (twin(ours, plain, use_naflex=True, **kwargs)(batch) - expected).abs().max() < 1e-5
 
 
+def test_resized_as_by_timm():
+    torch.manual_seed(0)
+    kwargs = dict(embed_dim=48, depth=2, num_heads=2)
+    reference = loud(timm.create_model('deit3_small_patch16_224', dynamic_img_size=True, **kwargs))
+    model = twin('vit_small_ape', reference, pos_embed_antialias=True, **kwargs)
+    naver = twin('vit_small_ape', reference, **kwargs)
+    for size in ((320, 256), (160, 96)):
+        x = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            expected = reference(x)
+            assert (model(x) - expected).abs().max() < 1e-5
+            assert (naver(x) - expected).abs().max() > 1e-3
+            assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
 def test_ape_baseline_is_deit3():
     torch.manual_seed(0)
     reference = loud(timm.create_model('deit3_small_patch16_224', init_values=1.0))

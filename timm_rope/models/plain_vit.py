@@ -1,6 +1,6 @@
 """timm's Vision Transformer with what published rotary models need and timm lacks, apart from the rotation itself.
 
-The absolute position embedding knows its grid and is resized without antialias; there is NAVER's initialisation.
+The absolute position embedding knows its grid and how it is resized; there is NAVER's initialisation.
 """
 from typing import Any, Dict, Optional, Tuple
 
@@ -8,7 +8,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_integer
+from .._checks import check_choice, check_flag, check_integer
 from .._timm import VisionTransformer, resample_abs_pos_embed
 from .mlps import get_mlp
 
@@ -19,7 +19,8 @@ WEIGHT_INITS = ('', 'jax', 'jax_nlhb', 'moco', 'reset', 'skip', 'naver')
 
 
 def check_arguments(
-        embed_dim: Any, depth: Any, num_heads: Any, pos_embed: Any, weight_init: Any, kwargs: Dict[str, Any],
+        embed_dim: Any, depth: Any, num_heads: Any, pos_embed: Any, pos_embed_antialias: Any, weight_init: Any,
+        kwargs: Dict[str, Any],
 ) -> None:
     """Refuse arguments of the constructor that cannot work, before anything is built; an MLP may be named."""
     if 'mlp_layer' in kwargs:
@@ -29,6 +30,7 @@ def check_arguments(
             raise TypeError(f'{name} is set by RopeVisionTransformer and cannot be given.')
     check_choice(weight_init, WEIGHT_INITS, 'weight_init')
     check_choice(pos_embed, ('learn', 'none', ''), 'pos_embed')
+    check_flag(pos_embed_antialias, 'pos_embed_antialias')
     check_integer(depth, 'depth')
     if check_integer(embed_dim, 'embed_dim') % check_integer(num_heads, 'num_heads'):
         raise ValueError(f'embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}.')
@@ -37,6 +39,7 @@ def check_arguments(
 class PlainVisionTransformer(VisionTransformer):
     """Base of `RopeVisionTransformer`; `pos_embed_grid` is the grid of the absolute position embedding, if any."""
     pos_embed_grid: Tensor
+    pos_embed_antialias: bool
 
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
         """Initialise all weights; `mode` is one of timm's schemes or 'naver' (default: the one of the constructor)."""
@@ -61,7 +64,7 @@ class PlainVisionTransformer(VisionTransformer):
     ) -> None:
         """Change the nominal image or patch size; an absolute position embedding is resized."""
         old_grid, pos_embed = self.patch_embed.grid_size, self.pos_embed
-        self.pos_embed = None  # timm would resize it with antialias
+        self.pos_embed = None  # timm would resize it its own way
         try:
             super().set_input_size(img_size, patch_size)
         finally:
@@ -71,7 +74,8 @@ class PlainVisionTransformer(VisionTransformer):
             self.pos_embed = nn.Parameter(resized, requires_grad=pos_embed.requires_grad)
             self._record_pos_embed_grid()
 
-    def _add_pos_embed_grid(self, device: Any) -> None:
+    def _add_pos_embed_grid(self, antialias: bool, device: Any) -> None:
+        self.pos_embed_antialias = antialias
         if self.pos_embed is not None:
             # tells 4x16 from 8x8 when the embedding is resized to another model's grid; not of integers, since people
             # average weights
@@ -82,13 +86,13 @@ class PlainVisionTransformer(VisionTransformer):
         self.pos_embed_grid.copy_(torch.tensor(self.patch_embed.grid_size, device=self.pos_embed_grid.device))
 
     def _resize_pos_embed(self, pos_embed: Tensor, old_grid: Tuple[int, int], new_grid: Tuple[int, int]) -> Tensor:
-        # bicubic without antialias as the original; with it RoPE-ViT's logits move by up to 8e-2
+        # with antialias the bicubic kernel is another one, also for larger grids: RoPE-ViT's logits move by up to 8e-2
         return resample_abs_pos_embed(
             pos_embed,
             new_size=list(new_grid),
             old_size=list(old_grid),
             num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
-            antialias=False,
+            antialias=self.pos_embed_antialias,
         )
 
     def _pos_embed(self, x: Tensor) -> Tensor:

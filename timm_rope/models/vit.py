@@ -51,6 +51,7 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
         rope_encoding: Name of a rotary encoding (`timm_rope.list_ropes()`), or 'none'.
         pos_embed: 'learn' adds a learned absolute position embedding (APE), 'none' does not.
         no_embed_class: Whether prefix tokens have no absolute position embedding.
+        pos_embed_antialias: How an APE is resized: bicubic, as NAVER's models, or with antialias, as timm's.
         dynamic_img_size: Take images of any size.
         dynamic_img_pad: Pad images to a multiple of the patch, at the right and the bottom.
         patch_drop_rate: Share of the patches dropped in training; the kept ones keep their positions.
@@ -84,6 +85,7 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
             rope_encoding: str = 'axial',
             pos_embed: str = 'none',
             no_embed_class: bool = True,
+            pos_embed_antialias: bool = False,
             dynamic_img_size: bool = True,
             dynamic_img_pad: bool = False,
             patch_drop_rate: float = 0.,
@@ -96,7 +98,7 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
             dtype=None,
             **kwargs: Any,
     ) -> None:
-        check_arguments(embed_dim, depth, num_heads, pos_embed, weight_init, kwargs)
+        check_arguments(embed_dim, depth, num_heads, pos_embed, pos_embed_antialias, weight_init, kwargs)
         norm_layer = get_norm(norm_layer, norm_eps)
         patch = check_size(patch_size, 'patch_size')
         img_size = to_image_size(img_size, patch, dynamic_img_pad)
@@ -125,7 +127,7 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
         if self.drop_patches:
             self.patch_drop = PatchDropoutWithIndices(  # type: ignore[assignment]
                 patch_drop_rate, num_prefix_tokens=self.num_prefix_tokens)
-        self._add_pos_embed_grid(device)
+        self._add_pos_embed_grid(pos_embed_antialias, device)
         self.rope = rope
         if rope is not None:
             place(self, rope, told)

@@ -29,6 +29,7 @@ class Original:
         args: Constructor arguments of the class.
         grid: Grid of the position embedding.
         prefix: Tokens in front of the position embedding.
+        antialias: How the position embedding is resized.
     """
     name: str
     independent: bool
@@ -37,6 +38,7 @@ class Original:
     args: Dict[str, Any]
     grid: Tuple[int, int]
     prefix: int
+    antialias: bool
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
@@ -46,7 +48,8 @@ class Original:
         tensors = dict(self.tensors)
         target = model.patch_embed.grid_size
         if 'pos_embed' in tensors and target != self.grid:
-            tensors['pos_embed'] = _resized(tensors['pos_embed'], self.grid, target, self.prefix)
+            tensors['pos_embed'] = _resized(
+                tensors['pos_embed'], self.grid, target, self.prefix, self.antialias)
         model.load_state_dict(tensors)
         return model(x)
 
@@ -65,7 +68,8 @@ def find_original(weights: Weights, model: nn.Module) -> Optional[Original]:
     if weights.timm_model is None and weights.layout not in (NaverVit.name, TimmEva.name, TimmVit.name):
         return None
     out = {key: value.float() for key, value in weights.originals.items() if key not in weights.left_out}
-    common = (tuple(ours.patch_embed.grid_size), 0 if ours.no_embed_class else ours.num_prefix_tokens)
+    common = (tuple(ours.patch_embed.grid_size), 0 if ours.no_embed_class else ours.num_prefix_tokens,
+              ours.pos_embed_antialias)
     args: Dict[str, Any] = dict(
         patch_size=ours.patch_embed.patch_size, in_chans=ours.patch_embed.proj.in_channels,
         num_classes=ours.num_classes)
@@ -125,8 +129,9 @@ def compare(original: Original, model: nn.Module, img_size: Tuple[int, int]) -> 
     return out
 
 
-def _resized(pos_embed: Tensor, grid: Tuple[int, int], target: Tuple[int, int], prefix: int) -> Tensor:
-    """As RoPE-ViT resizes it: bicubic without antialias (timm's classes would antialias)."""
+def _resized(
+        pos_embed: Tensor, grid: Tuple[int, int], target: Tuple[int, int], prefix: int, antialias: bool) -> Tensor:
+    """Bicubic; without antialias as RoPE-ViT resizes it, while timm's classes always antialias."""
     table = pos_embed[:, prefix:].transpose(1, 2).unflatten(2, grid)
-    table = F.interpolate(table, target, mode='bicubic', align_corners=False)
+    table = F.interpolate(table, target, mode='bicubic', align_corners=False, antialias=antialias)
     return torch.cat((pos_embed[:, :prefix], table.flatten(2).transpose(1, 2)), 1)

@@ -144,7 +144,7 @@ def structure_of(theirs: Any) -> Dict[str, Any]:
         mlp_ratio=hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim,
         qkv_bias=_has_bias(block.attn))
     if theirs.pos_embed is not None:
-        args['no_embed_class'] = theirs.no_embed_class
+        args.update(no_embed_class=theirs.no_embed_class, pos_embed_antialias=True)
     if not isinstance(theirs.norm_pre, nn.Identity):
         args['pre_norm'] = True
     if isinstance(theirs.norm, nn.Identity) and isinstance(theirs.fc_norm, nn.Identity):
