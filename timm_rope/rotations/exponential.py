@@ -5,6 +5,7 @@ Blocks of 2, 3 and 4 have closed forms. Larger ones are made all at once by `gri
 as an operator. Where a graph is recorded for another runtime, or a transform of torch.func or forward-mode AD looks on,
 a plain formula runs instead.
 """
+import math
 from typing import List, Tuple
 
 import torch
@@ -177,6 +178,10 @@ def _exp_taylor(matrix: Tensor, squarings: int = 12) -> Tensor:
 def _cos_sinc(square: Tensor) -> Tuple[Tensor, Tensor]:
     """cos(t) and sin(t) / t for t^2 = square. The clamp keeps the root's derivative finite at t = 0."""
     t = square.clamp_min(1e-20).sqrt()
+    if not torch.jit.is_scripting():
+        if recording():  # onnxruntime before 1.24, the last for Python 3.10, has no cosine of float64
+            rest = (t - 2 * math.pi * (t / (2 * math.pi)).round()).float()
+            return rest.cos().to(t.dtype), rest.sin().to(t.dtype) / t
     return t.cos(), t.sin() / t
 
 
