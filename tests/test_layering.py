@@ -102,7 +102,7 @@ def test_every_encoding_explains_itself(name):
 # -- sizes: the package grows by files and rooms, not by floors
 
 ROOM = dict(
-    _timm=480, analysis=800, positions=450, rotations=1320, encodings=2930, models=2380, kernels=1900, weights=2560,
+    _timm=480, analysis=800, positions=450, rotations=1320, encodings=2930, models=2380, kernels=2010, weights=2560,
     cli=3700)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 
@@ -130,4 +130,4 @@ def test_no_room_is_crowded():
         assert lines_of(*files[name]) <= bound, f'{name} has {lines_of(*files[name])} lines, the bound is {bound}'
     core = sum(lines_of(*files[name]) for name in CORE)
     assert core <= 7000, f'{", ".join(CORE)} have {core} lines together, the bound is 7000'
-    assert lines_of(*FILES) <= 16800, f'the package has {lines_of(*FILES)} lines, the bound is 16800'
+    assert lines_of(*FILES) <= 16950, f'the package has {lines_of(*FILES)} lines, the bound is 16950'

@@ -6,7 +6,9 @@ from torch import nn
 
 import timm_rope
 from timm_rope.kernels import rotate, routes, unpack
-from timm_rope.kernels.cpu import packing
+from timm_rope.kernels.cpu import packing, space
+from timm_rope.rotations import BlockRotation
+from timm_rope.rotations.grid_exponentials import skew
 
 HEADS, GRID, PREFIX = 3, (3, 4), 1
 TOKENS = PREFIX + GRID[0] * GRID[1]
@@ -215,6 +217,28 @@ def test_queries_and_keys_are_found_where_they_lie(parts):
     for a, b in others:
         found = packing.packed_of(a, b)
         assert torch.equal(found[:, :, 0], a.transpose(1, 2)) and torch.equal(found[:, :, 1], b.transpose(1, 2))
+
+
+@pytest.mark.parametrize('head_dim', [4, 6, 10, 12])
+def test_every_rotation_of_space(head_dim):
+    """None, half turns and turns in one plane too, where the angles of the three turns are not determined."""
+    rotation = BlockRotation(head_dim, 3)
+    torch.manual_seed(0)
+    axes = torch.cat((torch.eye(3), -torch.eye(3), torch.tensor([[0., 1., 1.], [1., 0., 1.], [1., 1., 0.]])))
+    axes = torch.cat((nn.functional.normalize(axes, dim=-1), nn.functional.normalize(torch.randn(9, 3), dim=-1)))
+    angles = torch.tensor([0., 1e-30, 1e-9, 1e-4, 1., torch.pi / 2, 3.1415, torch.pi, torch.pi * 2])
+    turns = (axes[:, None] * angles[:, None]).double().flatten(0, 1)[:, [2, 1, 0]] * torch.tensor([-1., 1., -1.])
+    matrices = torch.linalg.matrix_exp(skew(turns, 3))
+    places = torch.randint(len(matrices), (1, len(matrices), rotation.groups))
+    places[0, :, 0] = torch.arange(len(matrices))
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        payload = matrices[places].flatten(2).to(dtype)
+        x = torch.randn(2, len(matrices), 3, 2, head_dim, dtype=dtype)
+        turned = x.clone()
+        space.turn_(turned, payload, rotation)
+        expected = rotation(x[:, :, :2].movedim(1, 3), payload).movedim(3, 1)
+        assert (turned[:, :, :2] - expected).abs().max() < tolerance * x.abs().max()
+        assert torch.equal(turned[:, :, 2], x[:, :, 2])
 
 
 def test_a_single_image_whose_heads_share_one_matrix(choose):

@@ -142,7 +142,10 @@ def _difference(route: 'Route', packed: Tensor, payload: Tensor, rotation: Rotat
     shared, tokens = payload.shape[-3], ROWS * COLUMNS
     if isinstance(rotation, BlockRotation):
         free = normal(shared, tokens, rotation.groups, rotation.size, rotation.size).requires_grad_()
-        table = torch.linalg.qr(free)[0].flatten(-3)
+        matrices = torch.linalg.qr(free)[0]
+        # no reflections: where one channel has the other sign, a reflection turns
+        sign = matrices.detach().det().sign()[..., None, None]
+        table = torch.cat((matrices[..., :1] * sign, matrices[..., 1:]), dim=-1).flatten(-3)
     else:
         free = normal(2, 1, shared, rotation.groups).requires_grad_()
         axes = (torch.arange(n, dtype=torch.float64, device='cpu') + 0.5 for n in (ROWS, COLUMNS))

@@ -13,9 +13,14 @@ LARGEST = 2 ** 21  # numbers in a payload; beyond, the tables of all blocks woul
 _tables = WeakTensorKeyDictionary()
 
 
+def is_kept(payload: Tensor) -> bool:
+    """Whether what is derived from a payload is kept."""
+    return not (payload.requires_grad or payload.is_inference() or payload.ndim > 3 or payload.numel() > LARGEST)
+
+
 def cached_table(payload: Tensor, make: Callable[..., Any], *args: Any) -> Any:
     """make(payload, *args), from an earlier call with the same payload and arguments if there was one."""
-    if payload.requires_grad or payload.is_inference() or payload.ndim > 3 or payload.numel() > LARGEST:
+    if not is_kept(payload):
         return make(payload, *args)
     key: Tuple[Any, ...] = (make, args, payload._version)
     known = _tables.get(payload)

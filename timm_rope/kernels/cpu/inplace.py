@@ -1,17 +1,17 @@
 """The route of the CPU: whole-tensor operations of torch, in place.
 
-Each kind of rotation has an engine with the functions of a route, for float32 and float64: `pairs`, `triplets` and
-`products` for blocks. bfloat16 and float16, for which torch has no complex numbers and slow arithmetic, go through
-float32, a few images at a time, so that the copy stays in the cache.
+Each kind of rotation has an engine with the functions of a route, for float32 and float64: `pairs`, `triplets`, and of
+blocks `space` for those of three channels, `products` for all others. bfloat16 and float16, for which torch has no
+complex numbers and slow arithmetic, go through float32, a few images at a time, so that the copy stays in the cache.
 """
 from typing import Iterator, Optional, Protocol, Tuple
 
 import torch
 from torch import Tensor
 
-from ...rotations import PairRotation, Rotation, TripletRotation
+from ...rotations import BlockRotation, PairRotation, Rotation, TripletRotation
 from .. import routes
-from . import pairs, products, triplets
+from . import pairs, products, space, triplets
 from .packing import image_ranges
 
 NAME = 'inplace'
@@ -29,7 +29,9 @@ def engine_for(rotation: Rotation) -> CpuEngine:
     """The engine for a kind of rotation."""
     if isinstance(rotation, PairRotation):
         return pairs
-    return triplets if isinstance(rotation, TripletRotation) else products
+    if isinstance(rotation, TripletRotation):
+        return triplets
+    return space if isinstance(rotation, BlockRotation) and rotation.size == 3 else products
 
 
 def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:

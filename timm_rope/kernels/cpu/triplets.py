@@ -49,9 +49,26 @@ def turn_back(
 def angle_gradient(grads: Tensor, q: Tensor, k: Tensor, payload: Tensor, rotation: Rotation) -> Tensor:
     """Gradient of the payload, along the circles that its cosines and sines are on.
 
-    Turning y about an axis by a small angle adds axis x y to it. So the derivative by the angle of the last rotation is
-    the part of y x g along its axis, with g the gradient of y, and that by the angle of the first one is the same of
-    y and g before the last. y x g turns as both do: it can be summed over queries, keys and images and turned then.
+    The derivative by the angle of the last rotation is the part of `torques` along its axis, and that by the angle of
+    the first one the same of y and g before the last. y x g turns as both do: it can be summed first and turned then.
+
+    Args: As `torques`.
+    """
+    along = torques(grads, q, k, payload, rotation)
+    cos_y, sin_y, cos_x, sin_x = payload.unflatten(-1, (4, rotation.groups)).unbind(-2)
+    if first_channels(rotation) == (1, 0):
+        by_y, by_x = cos_x * along[0] + sin_x * along[1], along[2]
+    else:
+        by_y, by_x = along[0], cos_y * along[2] - sin_y * along[1]
+    return torch.cat((-sin_y * by_y, cos_y * by_y, -sin_x * by_x, cos_x * by_x), dim=-1)
+
+
+def torques(
+        grads: Tensor, q: Tensor, k: Tensor, payload: Tensor, rotation: Rotation) -> Tuple[Tensor, Tensor, Tensor]:
+    """The three components of y x g of every triplet, summed over queries, keys and what shares a payload.
+
+    Turning y about an axis by a small angle adds axis x y to it, so y x g, with g the gradient of y, along an axis is
+    the derivative by the angle of a turn about it.
 
     Args:
         grads: Gradients of the turned queries and keys, (B, N, 2 or 3, H, D).
@@ -59,6 +76,9 @@ def angle_gradient(grads: Tensor, q: Tensor, k: Tensor, payload: Tensor, rotatio
         k: Turned keys.
         payload: As in the forward pass.
         rotation: As in the forward pass.
+
+    Returns:
+        Three tensors (H or 1, N, G), or (B, H or 1, N, G) where every image has its own payload.
     """
     B, N, _, H, D = grads.shape
     each = payload.ndim == 4  # every image has its own payload
@@ -75,13 +95,7 @@ def angle_gradient(grads: Tensor, q: Tensor, k: Tensor, payload: Tensor, rotatio
     near, far = ((total if each else total.sum(0)).unflatten(-1, (H, D)).transpose(-2, -3) for total in sums.values())
     if payload.shape[-3] == 1:
         near, far = near.sum(-3, keepdim=True), far.sum(-3, keepdim=True)
-    along = near[..., 1:rotation.rotated:3], -far[..., :rotation.rotated:3], near[..., :rotation.rotated:3]
-    cos_y, sin_y, cos_x, sin_x = payload.unflatten(-1, (4, rotation.groups)).unbind(-2)
-    if first_channels(rotation) == (1, 0):
-        by_y, by_x = cos_x * along[0] + sin_x * along[1], along[2]
-    else:
-        by_y, by_x = along[0], cos_y * along[2] - sin_y * along[1]
-    return torch.cat((-sin_y * by_y, cos_y * by_y, -sin_x * by_x, cos_x * by_x), dim=-1)
+    return near[..., 1:rotation.rotated:3], -far[..., :rotation.rotated:3], near[..., :rotation.rotated:3]
 
 
 def multiplications(payload: Tensor, rotation: Rotation) -> List[Tuple[int, Tensor]]:
