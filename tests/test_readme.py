@@ -26,7 +26,8 @@ def test_there_is_a_page_for_every_room():
 
 
 def test_the_first_page_is_short():
-    assert len(PAGES['README.md'].splitlines()) <= 220
+    text, table, rest = re.split('<!-- /?encodings -->\n', PAGES['README.md'])  # one more encoding is a line of the table
+    assert len((text + rest).splitlines()) <= 202
 
 
 @pytest.mark.parametrize('name,table', [('encodings', properties_table), ('options', options_table)])
