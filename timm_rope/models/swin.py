@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Un
 
 import torch
 
-from .._checks import check_choice, check_flag, check_integer, check_size
+from .._checks import check_choice, check_flags, check_integer, check_size
 from .._timm import SwinTransformer, resolve_stage_window_sizes, window_sizes_from_ratio
 from ..encodings import RotaryEncoding, create_rope
 from ..weights import fit_swin
@@ -94,8 +94,7 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
             **kwargs: Any,
     ) -> None:
         check_choice(window_rule, ('timm', 'naver'), 'window_rule')
-        for name, flag in dict(rel_pos_bias=rel_pos_bias, strict_img_size=strict_img_size).items():
-            check_flag(flag, name)
+        check_flags(rel_pos_bias=rel_pos_bias, strict_img_size=strict_img_size)
         check_choice(weight_init, WEIGHT_INITS, 'weight_init')
         depths, num_heads = _per_stage(depths, 'depths'), _per_stage(num_heads, 'num_heads')
         head_dims = _head_dims(check_integer(embed_dim, 'embed_dim'), num_heads, head_dim)
@@ -104,8 +103,9 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
                 raise ValueError(f'depths and {name} must be as many, got {depths} and {values}.')
         patch = check_size(patch_size, 'patch_size')
         img_size = to_image_size(img_size, patch, dynamic_img_pad)
+        grid = img_size[0] // patch[0], img_size[1] // patch[1]
         try:
-            windows = _windows(window_size, window_ratio, (img_size[0] // patch[0], img_size[1] // patch[1]), len(depths))
+            windows = _windows(window_size, window_ratio, grid, len(depths))
         except AssertionError as error:  # set_input_size() leaves timm's own errors as they are
             raise ValueError(f'window_size or window_ratio: {error}') from None
         make_rope = _rope_maker(rope_encoding, take_options(rope_encoding, kwargs))
