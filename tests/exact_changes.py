@@ -9,6 +9,9 @@ from timm_rope.rotations import AxesRotation, BlockRotation, PairRotation, Plane
 
 NAMES = timm_rope.list_ropes()
 
+# encodings that keep fewer numbers than they turn by, and can turn by all that others of a kind may have
+HOLD_OTHERS = {'axial_learned': PairRotation, 'string': PairRotation}
+
 
 def is_exact(source, target):
     """Whether an encoding is a special case of another with default options, by what the two state about themselves."""
@@ -16,7 +19,8 @@ def is_exact(source, target):
     kinds = [BlockRotation if type(r.rotation) is PlanesRotation else type(r.rotation) for r in (a, b)]
     if not b.learned or a.coords not in b.coords_choices or (a.coords != 'index' and a.centered != b.centered):
         return False
-    if target == 'comrope' or (target == 'string' and kinds[0] is BlockRotation):  # blocks whose generators commute
+    partly = b.freqs.numel() < b.frequencies().numel()  # it holds some frequencies only, in default only its own
+    if partly and kinds[0] is not HOLD_OTHERS.get(target):
         return source == target
     if kinds[0] is kinds[1]:
         return b.oblique or not a.oblique

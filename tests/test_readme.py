@@ -26,7 +26,9 @@ def test_there_is_a_page_for_every_room():
 
 
 def test_the_first_page_is_short():
-    assert len(PAGES['README.md'].splitlines()) <= 220
+    # without the table, which has a line for each encoding
+    text, table, rest = re.split('<!-- /?encodings -->\n', PAGES['README.md'])
+    assert len((text + rest).splitlines()) <= 202
 
 
 @pytest.mark.parametrize('name,table', [('encodings', properties_table), ('options', options_table)])

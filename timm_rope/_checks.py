@@ -47,6 +47,12 @@ def check_flag(value: Any, name: str) -> bool:
     return value
 
 
+def check_flags(**flags: Any) -> None:
+    """Each True or False: of `false` on a command line timm makes a word, which would be true."""
+    for name, value in flags.items():
+        check_flag(value, name)
+
+
 def check_group(head_dim: Any, size: int, encoding: str) -> int:
     """How many groups of `size` channels fit into a head; at least one must."""
     if check_integer(head_dim, 'head_dim') < size:

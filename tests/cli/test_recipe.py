@@ -98,6 +98,7 @@ def test_one_is_printed_or_written_as_it_is(capsys, tmp_path):
 
 @pytest.mark.parametrize('args, message', [
     (['deit3_smal'], "no recipe 'deit3_smal', the nearest name is 'deit3_small'"),
+    (['nope'], "no recipe 'nope'. Recipes: circular_cifar100,"),
     (['../setup'], 'Recipes: circular_cifar100, circular_imagenet,'),
     (['deit3_smal', '--output', 'new'], "'deit3_small'"),
     (['deit3_small', '--output', 'there'], 'must be a new file, there exists'),

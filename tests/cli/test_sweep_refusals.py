@@ -46,6 +46,7 @@ def bad(data, tmp_path, monkeypatch):
     (['DATA', 'GOOD', 'vit_tiny_rope_spherical.best=good.pth'], 'best'),
     (['DATA', 'GOOD', 'vit_tiny_rope_spherical'], "no weights of 'vit_tiny_rope_spherical' are published"),
     (['DATA', 'GOOD', 'vit_tiny_rope_spherical=none.pth'], 'There is no weight file none.pth'),
+    (['DATA', 'GOOD', 'vit_tiny_rope_spherical='], 'the checkpoint after = is empty'),
     (['DATA', 'GOOD', 'vit_tiny_rope_spherical=empty'], 'is a folder; one of save_for_hf is named local-dir:'),
     (['DATA', 'GOOD', 'vit_tiny_rope_mixed=good.pth'], "weights of 'vit_tiny_rope_spherical', not of"),
     (['DATA', 'GOOD', 'good.pth'], 'NAME=good.pth'),

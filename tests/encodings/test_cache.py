@@ -88,27 +88,27 @@ def optimizer_step(rope):
 
 def in_place(rope):
     with torch.no_grad():
-        rope.freqs.mul_(1.5)
+        rope.freqs.add_(0.5)
 
 
 def through_data(rope):
-    rope.freqs.data.mul_(1.5)
+    rope.freqs.data.add_(0.5)
 
 
 def new_data(rope):
-    rope.freqs.data = rope.freqs.data * 1.5
+    rope.freqs.data = rope.freqs.data + 0.5
 
 
 def new_parameter(rope):
-    rope.freqs = torch.nn.Parameter(rope.freqs.detach() * 1.5)
+    rope.freqs = torch.nn.Parameter(rope.freqs.detach() + 0.5)
 
 
 def load(rope):
-    rope.load_state_dict({**rope.state_dict(), 'freqs': rope.freqs.detach() * 1.5})
+    rope.load_state_dict({**rope.state_dict(), 'freqs': rope.freqs.detach() + 0.5})
 
 
 def assign(rope):
-    rope.load_state_dict({**rope.state_dict(), 'freqs': rope.freqs.detach() * 1.5}, assign=True)
+    rope.load_state_dict({**rope.state_dict(), 'freqs': rope.freqs.detach() + 0.5}, assign=True)
 
 
 def to_double(rope):

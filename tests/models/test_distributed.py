@@ -76,7 +76,7 @@ def run_ddp(case, rank):
     torch.manual_seed(rank)  # DDP has to bring the other process to the weights of the first
     model = new_model(case)
     if rank == 1 and model.rope.learned:
-        model.rope.freqs.data.mul_(2)
+        model.rope.freqs.data.add_(1)
     single = copy.deepcopy(model)
     start = tensors(model)
     model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)

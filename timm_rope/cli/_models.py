@@ -92,6 +92,8 @@ def parse_source(text: str, untrained: bool = False) -> Source:
     except RuntimeError as error:
         raise ValueError(f'{name}: {error}') from None
     if given:
+        if not checkpoint:
+            raise ValueError(f'{text!r}: the checkpoint after = is empty.')
         if Path(checkpoint).is_dir():
             raise ValueError(f'{text!r}: {checkpoint} is a folder; one of save_for_hf is named local-dir:{checkpoint}.')
         return Source(text, name, open_path(checkpoint))

@@ -176,7 +176,9 @@ class RotaryEncoding(ServesManyGrids):
         for key in options:
             if key not in taken:
                 known = any(key in other.option_defaults() for other in ENCODINGS.values())
-                message = f'Rotary encoding {self.name!r} takes no option {key!r}; its options are {", ".join(taken)}.'
+                message = (
+                    f'Rotary encoding {self.name!r} takes no option {key!r}; its options are {", ".join(taken)} '
+                    f'(of a model with rope_ in front).')
                 raise ValueError(message) if known else TypeError(message)
         options = {**taken, **options}
         check_choice(options['coords'], self.coords_choices, f'coords of {self.name!r}')
@@ -238,7 +240,7 @@ class RotaryEncoding(ServesManyGrids):
             One payload per block, (H or 1, prefix + N, W). Blocks that share their frequencies share the tensor.
 
         Raises:
-            ValueError: `grid_size` is no such positive integers; a TypeError if it is a tensor.
+            ValueError: A negative number, or no such positive integers; a TypeError if `grid_size` is a tensor.
         """
         if not torch.jit.is_scripting():
             if self._undecided and not self._is_recorded(grid_size):
@@ -273,6 +275,7 @@ class RotaryEncoding(ServesManyGrids):
 
         Raises:
             ValueError: The shapes do not fit each other.
+            TypeError: The payloads of all blocks, or integers.
         """
         if not torch.jit.is_scripting():
             check_rotate(x, payload, self.num_heads, self.head_dim, self.rotation.width)

@@ -13,6 +13,8 @@ def per_block(
     `prefix` (..., 1 + registers, W) holds the payload of each prefix token but the registers, and those of the
     registers, which come last.
     """
+    if num_prefix_tokens < 0:
+        raise ValueError(f'num_prefix_tokens must be at least 0, got {num_prefix_tokens}.')
     if num_prefix_tokens > 0:
         if num_prefix_tokens < registers:
             raise ValueError(
@@ -58,6 +60,10 @@ def take_rows(table: Tensor, rows: Tensor) -> Tensor:
 @torch.jit.unused
 def check_rotate(x: Tensor, payload: Tensor, num_heads: int, head_dim: int, width: int) -> None:
     """Refuse queries or keys (batch, heads, N, head_dim) and a payload (..., N, W) that do not fit each other."""
+    if isinstance(payload, (list, tuple)):
+        raise TypeError(f'payload must be that of one block, payloads[i], got a {type(payload).__name__} of them.')
+    if not x.is_floating_point():
+        raise TypeError(f'x must be of a floating dtype, got {x.dtype}.')
     if x.ndim != 4 or x.shape[1] != num_heads or x.shape[3] != head_dim:
         raise ValueError(
             f'x must be (batch, {num_heads} heads, tokens, head_dim {head_dim}), got {tuple(x.shape)}.')

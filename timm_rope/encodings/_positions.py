@@ -127,12 +127,12 @@ class MakesPayloads(HasUsage, KeepsPayloads, SavedState):
 
     def _look_up(self, coordinates: Tensor, grid: Grid, num_prefix_tokens: int) -> List[Tensor]:
         """Rows of the payloads of the whole grid."""
+        tables = self(grid, num_prefix_tokens)
         places = torch.zeros_like(coordinates[..., 0], dtype=torch.long)
         for axis, side in enumerate(grid):
             places = places * side + coordinates[..., axis].long()
         ahead = torch.arange(num_prefix_tokens, device=places.device).expand(*places.shape[:-1], -1)
         places = torch.cat((ahead, places + num_prefix_tokens), dim=-1)
-        tables = self(grid, num_prefix_tokens)
         if tables[0] is tables[-1]:
             return [take_rows(tables[0], places)] * self.depth
         return [take_rows(table, places) for table in tables]

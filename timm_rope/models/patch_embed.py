@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor
 
-from .._checks import check_size
+from .._checks import check_flag, check_size
 
 
 class GridPatchEmbed(PatchEmbed):
@@ -108,6 +108,7 @@ def check_multiple(height: int, width: int, patch_height: int, patch_width: int)
 
 def to_image_size(img_size: Any, patch_size: Tuple[int, int], pad: bool) -> Tuple[int, int]:
     """Validate a nominal image size; with `pad` it is raised to the next multiple of the patch."""
+    check_flag(pad, 'dynamic_img_pad')
     size = check_size(img_size, 'img_size')
     padded = (-(-size[0] // patch_size[0]) * patch_size[0], -(-size[1] // patch_size[1]) * patch_size[1])
     if size != padded and not pad:

@@ -3,7 +3,8 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
-from ..encodings._base import RotaryEncoding
+from ..encodings._base import ENCODINGS, RotaryEncoding
+from ..encodings._usage import USAGE
 from ..positions.coordinates import to_grid
 
 
@@ -11,12 +12,16 @@ def take_options(rope_encoding: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Take the options of the encoding, which start with `rope_`, out of the arguments of a model.
 
     Raises:
+        TypeError: One has no `rope_` in front.
         ValueError: There are some although the model has no encoding, a reference grid of no image, or places for
             registers that the model does not have.
     """
     options = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith('rope_')}
     if rope_encoding == 'none' and options:
-        raise ValueError(f'{", ".join(options)} need a rope_encoding, got rope_encoding={rope_encoding!r}.')
+        raise ValueError(f'Without an encoding, rope_encoding="none", a model takes no {", ".join(options)}.')
+    known = set(USAGE).union(*(encoding.option_defaults() for encoding in ENCODINGS.values()))
+    for name in known.intersection(kwargs):  # timm would not know it, and not say how it is called
+        raise TypeError(f'{name} is an option of the encoding, which a model takes as rope_{name}.')
     if options.get('rope_reference_grid') is not None:
         to_grid(options['rope_reference_grid'], 'rope_reference_grid')  # encodings have other dimensions as well
     placed, registers = options.get('rope_registers', 0), kwargs.get('reg_tokens', 0)

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Un
 
 import torch
 
-from .._checks import check_choice, check_flag, check_integer, check_size
+from .._checks import check_choice, check_flags, check_integer, check_size
 from .._timm import SwinTransformer, resolve_stage_window_sizes, window_sizes_from_ratio
 from ..encodings import RotaryEncoding, create_rope
 from ..weights import fit_swin
@@ -94,7 +94,7 @@ class RopeSwinTransformer(RotaryModel, Checkpointed, SwinTransformer):
             **kwargs: Any,
     ) -> None:
         check_choice(window_rule, ('timm', 'naver'), 'window_rule')
-        check_flag(rel_pos_bias, 'rel_pos_bias')
+        check_flags(rel_pos_bias=rel_pos_bias, strict_img_size=strict_img_size)
         check_choice(weight_init, WEIGHT_INITS, 'weight_init')
         depths, num_heads = _per_stage(depths, 'depths'), _per_stage(num_heads, 'num_heads')
         head_dims = _head_dims(check_integer(embed_dim, 'embed_dim'), num_heads, head_dim)

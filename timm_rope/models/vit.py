@@ -16,7 +16,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 from torch.jit import Final
 
-from .._checks import check_size
+from .._checks import check_flag, check_size
 from .._timm import VisionTransformer
 from ..encodings import RotaryEncoding, create_rope
 from ..encodings._payloads import keep_tokens
@@ -99,7 +99,6 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
             **kwargs: Any,
     ) -> None:
         check_arguments(embed_dim, depth, num_heads, pos_embed, pos_embed_antialias, weight_init, kwargs)
-        norm_layer = get_norm(norm_layer, norm_eps)
         patch = check_size(patch_size, 'patch_size')
         img_size = to_image_size(img_size, patch, dynamic_img_pad)
         options = take_options(rope_encoding, kwargs)
@@ -112,16 +111,17 @@ class RopeVisionTransformer(RotaryModel, TakesTokens, Checkpointed, PlainVisionT
                 options.pop('rope_reference_grid'), device, dtype, **options)
 
         def block(**block_kwargs: Any) -> RopeBlock:
-            if drop_path_uniform:
+            if check_flag(drop_path_uniform, 'drop_path_uniform'):
                 block_kwargs['drop_path'] = drop_path_rate
             return RopeBlock(rotation=None if rope is None else rope.rotation, **block_kwargs)
 
         kwargs.setdefault('embed_layer', GridPatchEmbed)
         super().__init__(
             img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-            pos_embed=pos_embed, no_embed_class=no_embed_class, dynamic_img_size=dynamic_img_size,
-            dynamic_img_pad=dynamic_img_pad, drop_path_rate=drop_path_rate, norm_layer=norm_layer, weight_init='skip',
-            device=device, dtype=dtype, block_fn=block, **kwargs)  # type: ignore[arg-type]  # timm only calls block_fn
+            pos_embed=pos_embed, no_embed_class=check_flag(no_embed_class, 'no_embed_class'),
+            dynamic_img_size=check_flag(dynamic_img_size, 'dynamic_img_size'), dynamic_img_pad=dynamic_img_pad,
+            drop_path_rate=drop_path_rate, norm_layer=get_norm(norm_layer, norm_eps), weight_init='skip', device=device,
+            dtype=dtype, block_fn=block, **kwargs)  # type: ignore[arg-type]  # timm only calls block_fn
 
         self.drop_patches = patch_drop_rate > 0
         if self.drop_patches:

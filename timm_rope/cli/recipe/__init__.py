@@ -47,13 +47,13 @@ def read_recipe(name: str) -> str:
     """Text of a recipe, YAML with comments.
 
     Raises:
-        ValueError: There is no such recipe; names the nearest one and all.
+        ValueError: There is no such recipe; names a near one, if there is any, and all.
     """
     names = list(list_recipes())
     if name not in names:
-        nearest = get_close_matches(name, names, n=1, cutoff=0)
-        raise ValueError(
-            f'there is no recipe {name!r}, the nearest name is {nearest[0]!r}. Recipes: {", ".join(names)}.')
+        nearest = get_close_matches(name, names, n=1, cutoff=0.6)
+        hint = f', the nearest name is {nearest[0]!r}' if nearest else ''
+        raise ValueError(f'there is no recipe {name!r}{hint}. Recipes: {", ".join(names)}.')
     return read_text(name)
 
 
