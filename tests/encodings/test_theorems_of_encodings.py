@@ -154,6 +154,19 @@ def test_products_of_comrope_are_not_rounded():
     assert payload.dtype == torch.float32 and (payload - exact((64, 64))[0]).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize('grid', [(64, 64), (9, 14)])
+@pytest.mark.parametrize('block', [3, 8, 16])
+def test_comrope_is_exact_while_it_learns(block, grid):
+    """Generators that commute are squared for rows and columns only, so that float64 is cheap."""
+    rope, exact = (make('comrope', {'block': block}, 48, 2, 1, dtype=d) for d in (torch.float32, torch.float64))
+    exact.freqs.data.copy_(rope.freqs.data)
+    got, expected = (r(grid)[0] for r in (rope, exact))
+    assert got.dtype == torch.float32 and got.requires_grad and (got - expected).abs().max() < 3e-6
+    weights = torch.randn_like(expected)
+    a, b = (torch.autograd.grad((r * weights).sum(), f.freqs)[0] for r, f in ((got, rope), (expected, exact)))
+    assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
 @pytest.mark.parametrize('variant', ['ld', 'ap'])
 def test_comrope_is_mixed_in_another_basis(variant):
     comrope = make('comrope', {'coords': 'index', 'variant': variant}, num_heads=1, depth=1, dtype=torch.float64)

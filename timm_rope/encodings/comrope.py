@@ -50,7 +50,7 @@ class ComRoPE(RotaryEncoding, name='comrope'):
         return options
 
     def make_rotation(self) -> BlockRotation:
-        return BlockRotation(self.head_dim, self.options['block'])
+        return BlockRotation(self.head_dim, self.options['block'], commuting=True)
 
     def no_scaling(self) -> str:
         return 'a block turns by several frequencies at once, so only coordinates can change'

@@ -7,8 +7,9 @@ from torch import Tensor
 from .._precision import without_autocast
 from .._tracing import recording
 from .base import Rotation, with_rest
-from .exponential import block_table, block_table_nd
+from .exponential import block_table, block_table_nd, commuting_table
 
+torch.fx.wrap('commuting_table')
 torch.fx.wrap('block_table')  # in every module that calls it: FX looks the name up there
 
 
@@ -17,14 +18,20 @@ class BlockRotation(Rotation):
 
     Here `freqs` holds the strict upper triangles of the generators, row by row: (2, L, H, G, b (b - 1) / 2).
     Payload: the G matrices, row-major.
+
+    Args:
+        commuting: Whether A_x and A_y of every block commute, whatever is learned: then `table` is faster and closer.
     """
     kind = 'blocks'
 
-    def __init__(self, head_dim: int, size: int) -> None:
+    def __init__(self, head_dim: int, size: int, commuting: bool = False) -> None:
         groups = head_dim // size
         super().__init__(head_dim, size, groups, groups * size * size)
+        self.commuting = commuting
 
     def table(self, freqs: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        if self.commuting:
+            return commuting_table(freqs, y, x, self.size)
         return block_table(freqs, y, x, self.size)
 
     def table_nd(self, freqs: Tensor, axes: List[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from .space_exponentials import SpaceExponentials
 
 
 @torch.fx.wrap
-def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int, squared_wide: bool = False) -> Tensor:
     """exp(x A_x + y A_y) for all layers, heads, positions and blocks (LieRE, arXiv 2406.10322, eq. 3).
 
     Computed outside autocast. While nothing learns, and on every device that has it, the work is in float64, and the
@@ -35,6 +35,7 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
         y: (rows,), coordinates of the rows.
         x: (columns,), coordinates of the columns, or (rows, columns) where every row has its own.
         size: b.
+        squared_wide: Square in float64 in eager mode, whatever learns.
 
     Returns:
         (L, H, N, G b b) in the dtype of `freqs`, matrices row-major, N = rows * columns row-major.
@@ -46,9 +47,33 @@ def block_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
         if size > 4 and _has_values(freqs, y, x):
             if torch.compiler.is_compiling():
                 return grid_exponentials.operator(freqs, y, x, size)
-            learning = torch.is_grad_enabled() and freqs.requires_grad
+            learning = torch.is_grad_enabled() and freqs.requires_grad and not squared_wide
             return _GridExponentials.apply(freqs, y, x, size, learning)
         return _plain_table(freqs, y, x, size)
+
+
+@torch.fx.wrap
+def commuting_table(freqs: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
+    """`block_table` where A_x and A_y of every block commute: exp(y A_y) of every row times exp(x A_x) of every column.
+
+    So few exponentials are squared in float64 also while generators learn. Points are no grid, and a GPU has kernels.
+    """
+    if x.ndim == 2 or freqs.is_cuda:
+        return block_table(freqs, y, x, size)
+    at_y, at_x = torch.cat((y, torch.zeros_like(x))), torch.cat((torch.zeros_like(y), x))
+    both = block_table(freqs, at_y, at_x.unsqueeze(1), size, True).unflatten(-1, [-1, size, size])
+    if torch.jit.is_scripting():
+        return _each_by_each(both[:, :, :y.shape[0]], both[:, :, y.shape[0]:])
+    with without_autocast(freqs):
+        return _each_by_each(both[:, :, :y.shape[0]], both[:, :, y.shape[0]:])
+
+
+def _each_by_each(rows: Tensor, columns: Tensor) -> Tensor:
+    """All products of (L, H, rows, G, b, b) and (L, H, columns, G, b, b), row-major: (L, H, N, G b b)."""
+    size = rows.shape[-1]
+    left, right = rows.transpose(2, 3).flatten(3, 4), columns.permute(0, 1, 3, 4, 2, 5).flatten(4)
+    products = (left @ right).unflatten(-1, [-1, size]).unflatten(3, [-1, size])  # (L, H, G, rows, b, columns, b)
+    return products.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
 
 
 def block_table_nd(freqs: Tensor, axes: List[Tensor], size: int) -> Tensor:
