@@ -6,7 +6,7 @@ from torch import nn
 
 import timm_rope
 from timm_rope.kernels import rotate, routes, unpack
-from timm_rope.kernels.cpu import packing, space
+from timm_rope.kernels.cpu import derived_cache, packing, space
 from timm_rope.rotations import BlockRotation
 from timm_rope.rotations.grid_exponentials import skew
 
@@ -239,6 +239,15 @@ def test_every_rotation_of_space(head_dim):
         expected = rotation(x[:, :, :2].movedim(1, 3), payload).movedim(3, 1)
         assert (turned[:, :, :2] - expected).abs().max() < tolerance * x.abs().max()
         assert torch.equal(turned[:, :, 2], x[:, :, 2])
+
+
+@pytest.mark.parametrize('images,limit,route', [(1, 9, 'formula'), (2, 9, 'inplace'), (1, 10 ** 6, 'inplace')])
+def test_turns_that_are_not_kept_are_not_found_for_one_image(images, limit, route, taken, monkeypatch):
+    monkeypatch.setattr(derived_cache, 'LARGEST', limit)
+    rope = encoding('quatro', 12, {})
+    with torch.no_grad():
+        rotate(projection(12, batch=images) * 1, rope(GRID, PREFIX)[0], rope.rotation, HEADS)
+    assert taken == [route]
 
 
 def test_a_single_image_whose_heads_share_one_matrix(choose):

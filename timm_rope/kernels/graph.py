@@ -9,7 +9,7 @@ sweep. Whether a route works is tried when the graph is made, on the device itse
 run. An exported graph has the formula.
 """
 from functools import cache
-from typing import Any, Dict, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..rotations import BlockRotation, PairRotation, Rotation, TripletRotation
 from . import guard, routes
 
 ROUTES: Dict[str, str] = {'cuda': 'triton'}  # type of device -> route that graphs on it call
-CLASSES = {cls.kind: cls for cls in (PairRotation, TripletRotation, BlockRotation)}
+CLASSES: Dict[str, Callable[..., Rotation]] = {cls.kind: cls for cls in (PairRotation, TripletRotation, BlockRotation)}
 Tensors = Tuple[Tensor, Tensor, Tensor]
 
 

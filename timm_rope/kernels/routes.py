@@ -17,6 +17,7 @@ from torch import Tensor
 from .._tracing import writable
 from ..rotations import BlockRotation, PairRotation, Rotation, TripletRotation
 from . import guard
+from .cpu import derived_cache
 
 VARIABLE = 'TIMM_ROPE_KERNEL'
 ROUTES = ('auto', 'formula', 'inplace', 'triton')
@@ -73,11 +74,15 @@ class Route(Engine, Protocol):
 
 
 def few_rows(qkv: Tensor, payload: Tensor, rotation: Rotation) -> bool:
-    """Whether there is little to turn by each matrix, so that gathering rows for products costs more than it gains.
+    """Whether there is little to turn by each matrix, so that what a route does first costs more than it gains.
 
-    That is: blocks of 5 to 8, and queries and keys of one image only, or of two where no gradient is needed.
+    That is: blocks of 5 to 8, and queries and keys of one image only, or of two where no gradient is needed; blocks of
+    3, one head of one image, and matrices whose turns are not kept.
     """
     heads = qkv.shape[-1] // (3 * rotation.head_dim) if payload.shape[-3] == 1 else 1
+    if rotation.size == 3:
+        one = payload.ndim == 4 or qkv.shape[0] == 1
+        return heads == 1 and one and not derived_cache.is_kept(payload)
     return 4 < rotation.size <= 8 and qkv.shape[0] * heads <= (1 if torch.is_grad_enabled() else 2)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...rotations import Rotation
 from . import products
-from .derived_cache import cached_table, is_kept
+from .derived_cache import cached_table
 from .packing import pack
 from .pairs import viewable_as_complex
 from .triplets import multiply_, torques
@@ -25,7 +25,7 @@ def supports(packed: Tensor, payload: Tensor, rotation: Rotation) -> bool:
 
 
 def turn_(packed: Tensor, payload: Tensor, rotation: Rotation) -> None:
-    if not viewable_as_complex(packed) or turn_few(packed, payload):
+    if not viewable_as_complex(packed):
         products.turn_(packed, payload, rotation)
         return
     for start, turns in cached_table(payload, multiplications, rotation):
@@ -36,7 +36,7 @@ def turn_back(
         dq: Tensor, dk: Tensor, dv: Tensor, payload: Tensor, rotation: Rotation,
         q: Optional[Tensor], k: Optional[Tensor], payload_grad: bool,
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    if dv.shape[-1] % 2 or turn_few(dv, payload):
+    if dv.shape[-1] % 2:
         return products.turn_back(dq, dk, dv, payload, rotation, q, k, payload_grad)
     out = pack(dq, dk, dv)
     grad = None
@@ -45,15 +45,6 @@ def turn_back(
     for start, turns in reversed(cached_table(payload, multiplications, rotation)):
         multiply_(out[:, :, :2], start, turns.conj_physical())
     return out, grad
-
-
-def turn_few(x: Tensor, payload: Tensor) -> bool:
-    """Whether matrices turn one image only, so that finding their turns costs more than products, if it is not kept.
-
-    Milliseconds of a block of ViT-S with matrices that learn, products in parentheses: one image of 64 x 64 patches
-    forward 161 (88), backward 400 (195); eight of 14 x 14 12 (32) and 21 (64).
-    """
-    return x.shape[0] == 1 and payload.ndim == 3 and not is_kept(payload)
 
 
 def matrix_gradient(torque: Tuple[Tensor, Tensor, Tensor], payload: Tensor, rotation: Rotation) -> Tensor:
