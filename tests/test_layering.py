@@ -102,7 +102,7 @@ def test_every_encoding_explains_itself(name):
 # -- sizes: the package grows by files and rooms, not by floors
 
 ROOM = dict(
-    _timm=480, analysis=800, positions=450, rotations=1320, encodings=2930, models=2380, kernels=1900, weights=2560,
+    _timm=480, analysis=800, positions=450, rotations=1320, encodings=2930, models=2430, kernels=1900, weights=2560,
     cli=3700)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 
