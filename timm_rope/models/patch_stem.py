@@ -50,7 +50,7 @@ def embed_patches(embed: Any, patches: Tensor, colours: int, last: bool) -> Tens
     else:
         seen = getattr(embed, 'seen', {}).copy()
         tokens = embed(images).flatten(1)
-        if not torch.compiler.is_compiling():
+        if hasattr(embed, 'seen') and not torch.compiler.is_compiling():
             embed.seen = seen  # which grids images had
     return tokens.unflatten(0, patches.shape[:2])
 
