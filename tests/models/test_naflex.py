@@ -309,6 +309,9 @@ def test_layouts_of_patches():
     colours_first = batch['patches'].movedim(-1, 2)  # as newer loaders do if they are told
     for patches in (colours_first, colours_first.flatten(2)):
         assert torch.allclose(first({**batch, 'patches': patches}), expected, atol=1e-5)
+    for model, patches in ((last, colours_first), (first, batch['patches'])):
+        with pytest.raises(ValueError, match='patches must be .* with patchify_channels_last='):
+            model({**batch, 'patches': patches})
 
 
 def test_patches_of_another_size():
@@ -402,15 +405,17 @@ def test_state_dicts_go_both_ways(name):
 
 
 def test_a_folder_of_the_hub_remembers(tmp_path):
-    model = make('vit_tiny_rope_spherical_ape', use_naflex=True, rope_order='xy')
+    model = make('vit_tiny_rope_spherical_ape', use_naflex=True, rope_order='xy', patchify_channels_last=False)
     save_for_hf(model, tmp_path, safe_serialization=True)
     back = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert type(back) is RopeNaFlexVit
     images = images_of()
-    assert torch.allclose(back(batch_of(images)), model(batch_of(images)), atol=1e-6)
+    batch = batch_of(images, flatten_patches=False)
+    batch['patches'] = batch['patches'].movedim(-1, 2)
+    assert torch.allclose(back(batch), model(batch), atol=1e-6)
     plain = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, use_naflex=False).eval()
     assert type(plain) is RopeVisionTransformer
-    assert torch.allclose(alone(plain, images), model(batch_of(images)), atol=1e-5)
+    assert torch.allclose(alone(plain, images), model(batch), atol=1e-5)
 
 
 @pytest.mark.parametrize('variable,value', [('TIMM_USE_NAFLEXVIT', 'true'), ('TIMM_USE_NAFLEX', '1')])

@@ -27,9 +27,13 @@ def embed_patches(embed: Any, patches: Tensor, colours: int, last: bool) -> Tens
             the stem computes from.
     """
     size, own, flat = tuple(embed.patch_size), tuple(embed.patch_size), patches.flatten(2)
-    if patches.ndim == 5 and patches.shape[4 if last else 2] == colours:
+    if patches.ndim == 5:
         size = (patches.shape[2], patches.shape[3]) if last else (patches.shape[3], patches.shape[4])
     shape = (*size, colours) if last else (colours, *size)
+    if patches.ndim == 5 and patches.shape[4 if last else 2] != colours:
+        raise ValueError(
+            f'patches must be (batch, patches, {"height, width, colours" if last else "colours, height, width"}) with '
+            f'patchify_channels_last={last}, got {tuple(patches.shape)} for {colours} colours.')
     if flat.shape[2] != size[0] * size[1] * colours:
         raise ValueError(
             f'patches must be (batch, patches, {" * ".join(map(str, shape))}), or of other sizes if they are not '
