@@ -102,7 +102,7 @@ def test_every_encoding_explains_itself(name):
 # -- sizes: the package grows by files and rooms, not by floors
 
 ROOM = dict(
-    _timm=480, analysis=800, positions=450, rotations=1320, encodings=2010, models=2380, kernels=2010, weights=2560,
+    _timm=480, analysis=800, positions=450, rotations=1320, encodings=2010, models=2430, kernels=2010, weights=2560,
     cli=3700)
 CORE = ('positions', 'rotations', 'encodings', 'models')
 
@@ -133,5 +133,5 @@ def test_no_room_is_crowded():
     for name, bound in ROOM.items():
         assert lines[name] <= bound, f'{name} has {lines[name]} lines, the bound is {bound}'
     core = sum(lines[name] for name in CORE)
-    assert core <= 6080, f'{", ".join(CORE)} have {core} lines together, the bound is 6080'
-    assert lines_of(*counted) <= 16050, f'the package has {lines_of(*counted)} lines, the bound is 16050'
+    assert core <= 6150, f'{", ".join(CORE)} have {core} lines together, the bound is 6150'
+    assert lines_of(*counted) <= 16150, f'the package has {lines_of(*counted)} lines, the bound is 16150'

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from naflex_batch import batch_of, images_of
 from timm.models import checkpoint_seq
 from tiny import make
 
@@ -36,6 +37,20 @@ def test_the_grid_seen_last(size):
     x = torch.randn(1, 3, *size)
     expected = model(x)
     assert torch.equal(finish(model, model.blocks(tokens_of(model, x))), expected)
+
+
+@pytest.mark.parametrize('ask', [
+    lambda model: model.rope((8, 8), 1), lambda model: model.rope_payloads((8, 8)),
+    lambda model: model(batch_of(images_of([(4, 4), (3, 7)]))),  # looked up in the payloads of 8 x 8
+], ids=['grid', 'payloads', 'patches'])
+@torch.no_grad()
+def test_grids_that_no_image_had_are_not_taken(ask):
+    """The nominal grid has as many patches as the one that somebody asks the encoding for."""
+    model = make('vit_tiny_rope_mixed', img_size=(16, 256), use_naflex=True)
+    tokens = torch.randn(1, 65, 24)
+    expected = model.blocks(tokens)
+    ask(model)
+    assert torch.equal(model.blocks(tokens), expected)
 
 
 def test_other_tokens_are_refused_with_what_to_do():

@@ -10,10 +10,12 @@ import torch
 from naflex_batch import SHAPES, batch_of, images_of
 from tiny import TINY, make
 from torch import nn
+from torch.nn.utils import prune
 
 import timm_rope
 from timm_rope._timm import save_for_hf
 from timm_rope.models.naflex import RopeNaFlexVit
+from timm_rope.models.patch_embed import GridPatchEmbed
 from timm_rope.models.vit import RopeVisionTransformer
 
 ENCODINGS = timm_rope.list_ropes()
@@ -91,11 +93,16 @@ def test_places_count_and_not_their_order():
         batch['patches'], patch_coord=batch['patch_coord'], patch_valid=batch['patch_valid']), naflex(batch))
     whole = batch_of(images_of([(3, 4)]), 12)
     assert torch.equal(naflex(whole['patches'], patch_coord=whole['patch_coord']), naflex(whole))
+    small = batch['patch_coord'].clamp(0, 99)
+    for dtype in (torch.int32, torch.int8, torch.uint8):
+        assert torch.equal(naflex({**batch, 'patch_coord': small.to(dtype)}), naflex(batch))
 
 
 @pytest.mark.parametrize('encoding,options', [
     ('mixed', dict(coords='cells')), ('mixed', dict(coords='ends')), ('spiral', dict(clamp=True)),
     ('liere', dict(coords='ends')), ('spherical', dict(coords='index')), ('comrope', dict(block=4)),
+    ('comrope', dict(offset=-.5)), ('comrope', dict(offset=.3, coords='index')),
+    ('axial', dict(offset=1., coords='eva')),
     ('axial_learned', dict(share_layers=True, share_heads=True)),
 ], ids=str)
 def test_options_of_encodings(encoding, options):
@@ -302,6 +309,9 @@ def test_layouts_of_patches():
     colours_first = batch['patches'].movedim(-1, 2)  # as newer loaders do if they are told
     for patches in (colours_first, colours_first.flatten(2)):
         assert torch.allclose(first({**batch, 'patches': patches}), expected, atol=1e-5)
+    for model, patches in ((last, colours_first), (first, batch['patches'])):
+        with pytest.raises(ValueError, match='patches must be .* with patchify_channels_last='):
+            model({**batch, 'patches': patches})
 
 
 def test_patches_of_another_size():
@@ -315,11 +325,66 @@ def test_patches_of_another_size():
     assert list(model.state_dict()) == list(make().state_dict())
 
 
-def test_a_stem_that_somebody_looks_at():
-    model, batch, seen = make(use_naflex=True), batch_of(images_of()), []
-    expected = model(batch)
-    model.patch_embed.proj.register_forward_hook(lambda module, args, out: seen.append(out.shape) or out * 2)
-    assert not torch.allclose(model(batch), expected, atol=1e-3) and seen == [(88, 24, 1, 1)]
+class Lora(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.more = base, nn.Conv2d(3, 24, 8, 8, bias=False)
+
+    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + self.more(x)
+
+
+class Louder(GridPatchEmbed):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def louder(module, name='forward'):
+    function = getattr(module, name)
+    setattr(module, name, lambda x: 2 * function(x))
+
+
+PATCHED = {
+    'hook on the projection': lambda e: e.proj.register_forward_hook(lambda module, args, out: 2 * out),
+    'hook on the stem': lambda e: e.register_forward_hook(lambda module, args, out: 2 * out),
+    'hook before the stem': lambda e: e.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    'forward of the projection': lambda e: louder(e.proj),
+    'forward of the stem': louder,
+    'class of the stem': lambda e: setattr(e, '__class__', Louder),
+    'another projection': lambda e: setattr(e, 'proj', Lora(e.proj)),
+    'a chain': lambda e: setattr(e, 'proj', nn.Sequential(e.proj, nn.Tanh())),
+    'pruned': lambda e: prune.random_unstructured(e.proj, 'weight', .5),
+    'weight norm and a hook': lambda e: (
+        nn.utils.parametrizations.weight_norm(e.proj), e.proj.register_forward_hook(lambda module, args, out: 2 * out)),
+}
+
+
+@pytest.mark.parametrize('change', PATCHED)
+def test_a_stem_that_somebody_looks_at(change):
+    """What is put into the stem acts on patches as it does on images."""
+    plain, naflex = pair('vit_tiny_rope_spherical')
+    images, unchanged = images_of(), naflex(batch_of(images_of()))
+    for model in (plain, naflex):
+        torch.manual_seed(3)
+        PATCHED[change](model.patch_embed)
+    naflex(images[0][None])
+    seen = dict(naflex.patch_embed.seen)
+    out = naflex(batch_of(images))
+    assert torch.allclose(out, alone(plain, images), atol=1e-5) and (out - unchanged).abs().max() > 1e-3
+    assert naflex.patch_embed.seen == seen, 'single patches are no images'
+    with pytest.raises(ValueError, match='patches of 12 x 12.*need the stem as it was built'):
+        naflex(batch_of(images_of(patch=12), patch=12, flatten_patches=False))
+
+
+def test_a_parametrised_stem_is_resampled():
+    outs, batch = [], batch_of(images_of(patch=12), patch=12, flatten_patches=False)
+    for norm in (str, nn.utils.parametrizations.weight_norm):
+        model = make(use_naflex=True)
+        norm(model.patch_embed.proj)
+        outs.append(model(batch))
+    assert torch.allclose(*outs, atol=1e-5)
 
 
 # -- weights
@@ -340,15 +405,17 @@ def test_state_dicts_go_both_ways(name):
 
 
 def test_a_folder_of_the_hub_remembers(tmp_path):
-    model = make('vit_tiny_rope_spherical_ape', use_naflex=True, rope_order='xy')
+    model = make('vit_tiny_rope_spherical_ape', use_naflex=True, rope_order='xy', patchify_channels_last=False)
     save_for_hf(model, tmp_path, safe_serialization=True)
     back = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert type(back) is RopeNaFlexVit
     images = images_of()
-    assert torch.allclose(back(batch_of(images)), model(batch_of(images)), atol=1e-6)
+    batch = batch_of(images, flatten_patches=False)
+    batch['patches'] = batch['patches'].movedim(-1, 2)
+    assert torch.allclose(back(batch), model(batch), atol=1e-6)
     plain = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, use_naflex=False).eval()
     assert type(plain) is RopeVisionTransformer
-    assert torch.allclose(alone(plain, images), model(batch_of(images)), atol=1e-5)
+    assert torch.allclose(alone(plain, images), model(batch), atol=1e-5)
 
 
 @pytest.mark.parametrize('variable,value', [('TIMM_USE_NAFLEXVIT', 'true'), ('TIMM_USE_NAFLEX', '1')])

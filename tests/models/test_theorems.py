@@ -5,6 +5,7 @@ import pytest
 import tiny_swin
 import torch
 from tiny import make
+from torch.nn.utils import prune
 
 import timm_rope
 from timm_rope import convert_encoding
@@ -234,6 +235,31 @@ def test_what_a_change_of_basis_cannot_pass_is_refused():
     model.blocks[1].attn.qkv = wrapped
     with pytest.raises(ValueError, match='that is a Lora and not nn.Linear'):
         convert_encoding(model, 'mixed')
+
+
+@pytest.mark.parametrize('change', [
+    lambda qkv: prune.random_unstructured(qkv, 'weight', .5),
+    lambda qkv: torch.nn.utils.weight_norm(qkv),
+    lambda qkv: qkv.register_forward_hook(lambda module, args, out: out.tanh()),
+], ids=['pruned', 'weight norm', 'hook'])
+def test_projections_that_are_more_than_their_weights_are_refused(change):
+    model = model_of()
+    change(model.blocks[1].attn.qkv)
+    with pytest.raises(ValueError, match='into the weights of qkv, but that has hooks'):
+        convert_encoding(model, 'mixed')
+    parameters = {**model_of().state_dict(), 'blocks.1.attn.qkv.lora_A': torch.randn(2, 48)}  # as loralib's
+    with pytest.raises(ValueError, match='there is more to it, blocks.1.attn.qkv.lora_A'):
+        convert_encoding(parameters, 'mixed', num_heads=2)
+
+
+def test_projections_that_blocks_share():
+    model = model_of()
+    model.blocks[2].attn.qkv = model.blocks[0].attn.qkv
+    with pytest.raises(ValueError, match='but blocks share these weights'):
+        convert_encoding(model, 'mixed')
+    model = model_of(rope_share_layers=True)
+    model.blocks[2].attn.qkv = model.blocks[0].attn.qkv
+    assert error(model, convert_encoding(model, 'mixed'), 32, 40) < 1e-5
 
 
 def test_planes():

@@ -51,7 +51,8 @@ class ServesManyGrids(MakesPayloads):
 
     def _places_agree(self) -> bool:
         """Whether patches of the same row and column have the same payload in all grids."""
-        free = self.coords == 'index' or (self.coords == 'cells' and not self.centered)
+        # an offset of normalised coordinates is in images, of each its own
+        free = self.coords == 'index' or (self.coords == 'cells' and not self.centered and self.offset == 0.)
         return free and self.rotation.boundless and self.scaling == 'extrapolate' and not (
             self._augmented and self.training)
 

@@ -34,8 +34,12 @@ class BlockPositions:
             ValueError: Fewer tokens, or a number that fits no such grid; says how to give their positions.
         """
         rope, prefix = self.model.rope, self.model.num_prefix_tokens
-        nominal, seen = tuple(self.model.patch_embed.grid_size), getattr(self.model.patch_embed, 'seen', {})
-        last = [*seen.values()][-1] if seen else getattr(rope, 'last_grid', None) or nominal
+        embed, nominal = self.model.patch_embed, tuple(self.model.patch_embed.grid_size)
+        seen = getattr(embed, 'seen', {})
+        # what a stem of timm embedded is known from the encoding alone, which others ask for other grids
+        last = [*seen.values()][-1] if seen else nominal
+        if not hasattr(embed, 'seen'):
+            last = getattr(rope, 'last_grid', None) or nominal
         if torch.compiler.is_compiling():  # a graph does not note what it embeds, so that the last one may be older
             seen, last = {}, nominal
         grids = [last, nominal]

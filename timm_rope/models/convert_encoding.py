@@ -15,6 +15,7 @@ from typing import Any, Dict, List, Optional, Tuple, cast
 import torch
 from torch import Tensor, nn
 
+from .._tracing import unobserved
 from ..encodings import RotaryEncoding
 from ..encodings._exact import convert_rope
 from ..encodings._saved import encoding_prefix, read_encoding
@@ -73,9 +74,10 @@ def convert_encoding(source: Any, name: str, *, num_heads: Optional[int] = None,
     for module in model.modules():
         if isinstance(dict(module.named_children()).get('rotation'), Rotation) and module not in targets.values():
             module.rotation = target.rotation
+    folded: Dict[int, Any] = {}
     for (attn, _, _), (_, layer, basis) in zip(_attentions(model), bases):
         if basis is not None:
-            _fold(attn.qkv.weight, attn.qkv.bias, basis, layer)
+            _fold_once(attn.qkv, basis, layer, folded)
     _record(model, target)
     return model
 
@@ -120,22 +122,36 @@ def _check_basis(children: Dict[str, nn.Module]) -> None:
             raise ValueError(
                 f'The channels of queries and keys need another basis, and {name} scales each by itself: this model '
                 f'has no exact form without it (qk_norm=False).')
-    if type(children.get('qkv', nn.Linear(1, 1))) is not nn.Linear:
+    qkv = children.get('qkv', nn.Linear(1, 1))
+    # `torch.nn.utils.prune` and the older weight norm compute the weight anew in a hook
+    plain = type(qkv) is nn.Linear
+    if not plain or qkv._forward_pre_hooks or not unobserved(qkv):
+        what = 'has hooks or another forward' if plain else f'is a {type(qkv).__name__} and not nn.Linear'
         raise ValueError(
-            f'The channels of queries and keys need another basis, which goes into the weights of qkv, but that is a '
-            f'{type(children["qkv"]).__name__} and not nn.Linear: merge or unwrap it first.')
+            f'The channels of queries and keys need another basis, which goes into the weights of qkv, but that '
+            f'{what}: merge, remove or unwrap it first.')
 
 
-def _fold(weight: Tensor, bias: Optional[Tensor], basis: Tensor, layer: int) -> None:
-    """Q^T times queries and keys, in place, by the weight (3 H D, C) and bias (3 H D) of their projection."""
-    q = basis[min(layer, len(basis) - 1)].to(weight.device)  # (H or 1, D, D); one layer stands for all that share
+def _fold_once(projection: Any, basis: Tensor, layer: int, folded: Dict[int, Any]) -> None:
+    """Put a basis into a projection; `folded` says which one is in a tensor already, since blocks may share some."""
+    which = id(basis), min(layer, len(basis) - 1)
+    for tensor in (projection.weight, projection.bias):
+        if tensor is not None and id(tensor) not in folded:
+            _fold(tensor, basis, layer)
+        if tensor is not None and folded.setdefault(id(tensor), which) != which:
+            raise ValueError(
+                'The channels of queries and keys need another basis in every block, which goes into the weights of '
+                'qkv, but blocks share these weights: give each block its own first.')
+
+
+def _fold(tensor: Tensor, basis: Tensor, layer: int) -> None:
+    """Q^T times queries and keys, in place, by the weight (3 H D, C) or bias (3 H D) of their projection."""
+    q = basis[min(layer, len(basis) - 1)].to(tensor.device)  # (H or 1, D, D); one layer stands for all that share
     with torch.no_grad():
-        for tensor in (weight, bias):
-            if tensor is not None:
-                heads = tensor.shape[0] // (3 * q.shape[-1])
-                parts = tensor.detach().double().reshape(3, heads, q.shape[-1], -1)
-                parts[:2] = q.mT @ parts[:2]
-                tensor.copy_(parts.reshape(tensor.shape))
+        heads = tensor.shape[0] // (3 * q.shape[-1])
+        parts = tensor.detach().double().reshape(3, heads, q.shape[-1], -1)
+        parts[:2] = q.mT @ parts[:2]
+        tensor.copy_(parts.reshape(tensor.shape))
 
 
 # -- models
@@ -201,12 +217,18 @@ def _fold_all(state_dict: Dict[str, Any], root: str, basis: Tensor) -> None:
     places = {key: blocks.fullmatch(key) for key in state_dict}
     norms = [key for key, place in places.items() if place and place[2].startswith(('q_norm.', 'k_norm.'))]
     weights = {key: int(place[1]) for key, place in places.items() if place and place[2] == 'qkv.weight'}
+    more = [key for key, place in places.items() if place and re.match(r'qkv\.(?!weight$|bias$)', place[2])]
+    if more:
+        raise ValueError(
+            f'The channels of queries and keys need another basis, which goes into the weights of qkv, but there is '
+            f'more to it, {more[0]}: merge or remove it first.')
     if norms or not weights:
         raise ValueError(
             'The channels of queries and keys need another basis, ' + (
                 f'and {norms[0]} scales each by itself: there is no exact form.' if norms else
                 f'but the state dict has no {root}blocks.0.attn.qkv.weight that it could go into.'))
     for key, layer in weights.items():
-        names = [name for name in (key, key.removesuffix('weight') + 'bias') if name in state_dict]
-        state_dict.update({name: state_dict[name].detach().clone() for name in names})
-        _fold(state_dict[key], state_dict.get(key.removesuffix('weight') + 'bias'), basis, layer)
+        for name in (key, key.removesuffix('weight') + 'bias'):
+            if name in state_dict:
+                state_dict[name] = state_dict[name].detach().clone()
+                _fold(state_dict[name], basis, layer)

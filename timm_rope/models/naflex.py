@@ -10,12 +10,10 @@ signature, layouts, warm start) would have to be said twice. Here the model is t
 state dict is that of the plain one, and the pools of padded tokens are timm's.
 """
 import copy
-import functools
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-import torch.nn.functional as F
-from timm.layers import AttentionPoolLatent, PatchEmbed, PatchEmbedInterpolator, disable_compiler
+from timm.layers import AttentionPoolLatent, PatchEmbed, disable_compiler
 from timm.models.naflexvit import create_attention_mask, global_pool_naflex
 from torch import Tensor, nn
 
@@ -24,6 +22,7 @@ from ..encodings._many import Places, one_after_another
 from ..encodings._payloads import take_rows
 from ..weights.fit_vit import checkpoint_filter_fn as checkpoint_filter_fn  # timm expects it beside the class
 from .patch_batch import PatchBatch, choose_patches, gather, read_shapes
+from .patch_stem import embed_patches
 from .vit import RopeVisionTransformer
 
 
@@ -164,32 +163,12 @@ class RopeNaFlexVit(RopeVisionTransformer):
         if not isinstance(x, tuple):
             return super()._embed(x)
         patches, placed = x
-        tokens = self.patch_embed.norm(self._project(patches))
+        tokens = embed_patches(self.patch_embed, patches, self.in_chans, self.patchify_channels_last)
         prefix = [t.expand(len(tokens), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         tokens = torch.cat([*prefix, tokens], dim=1)
         if placed.pos_embed is not None:
             tokens = tokens + placed.pos_embed
         return self.norm_pre(self.pos_drop(tokens)), placed.payloads, placed.score_scale
-
-    def _project(self, patches: Tensor) -> Tensor:
-        """Patches (B, N, P * P * C) or (B, N, P, P, C), these of any size P, -> tokens (B, N, width)."""
-        proj, last = self.patch_embed.proj, self.patchify_channels_last
-        size, colours = self.get_patch_size(), proj.in_channels
-        weight, flat = proj.weight, patches.flatten(2)
-        if patches.ndim == 5 and patches.shape[4 if last else 2] == colours:
-            size = (patches.shape[2], patches.shape[3]) if last else (patches.shape[3], patches.shape[4])
-            weight = _interpolator(self.get_patch_size()).resample_conv_weight(weight, size)
-        shape = (*size, colours) if last else (colours, *size)
-        if flat.shape[2] != size[0] * size[1] * colours:
-            raise ValueError(
-                f'patches must be (batch, patches, {" * ".join(map(str, shape))}), or of other sizes if they are not '
-                f'flattened, got {tuple(patches.shape)}.')
-        if weight is proj.weight and not _is_plain(proj):
-            images = flat.reshape(-1, *shape)
-            images = images.permute(0, 3, 1, 2) if last else images
-            return proj(images).flatten(1).unflatten(0, patches.shape[:2])
-        # on a CPU half the time of a convolution of every patch
-        return F.linear(flat, (weight.permute(0, 2, 3, 1) if last else weight).flatten(1), proj.bias)
 
     @disable_compiler
     def _place(self, coord: Tensor, valid: Optional[Tensor], compiled: bool) -> 'Placed':
@@ -243,19 +222,6 @@ class RopeNaFlexVit(RopeVisionTransformer):
         ahead = pos_embed[0, :n] if own else pos_embed.new_zeros(n, pos_embed.shape[2])
         grid = tuple(self.patch_embed.grid_size)
         return torch.cat([ahead, *(self._resize_pos_embed(pos_embed, grid, size)[0, own:] for size in grids)])
-
-
-@functools.cache
-def _interpolator(patch_size: Tuple[int, int]) -> PatchEmbedInterpolator:
-    # no child of the model, whose state dict would have its tables with older releases of timm
-    return PatchEmbedInterpolator(patch_size)
-
-
-def _is_plain(proj: nn.Module) -> bool:
-    """Whether a projection may be computed from its weights: nobody looks on, or has put another one in its place."""
-    hooks = proj._forward_hooks or proj._forward_pre_hooks
-    # dynamo of torch 2.8 cannot follow `vars`
-    return type(proj) is nn.Conv2d and not hooks and 'forward' not in proj.__dict__
 
 
 class Placed(NamedTuple):

@@ -51,7 +51,7 @@ class PatchBatch:
             if valid.shape != coord.shape[:2]:
                 raise ValueError(f'patch_valid must be {tuple(coord.shape[:2])}, got {tuple(valid.shape)}.')
             valid = valid.bool()
-        return PatchBatch(x, coord, valid, mask)
+        return PatchBatch(x, coord.long(), valid, mask)  # smaller integers overflow where places are counted
 
 
 class Shapes(NamedTuple):

@@ -105,6 +105,8 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> 'RopeVisionTr
     if check_flag(naflex_by_default() if use_naflex is None else use_naflex, 'use_naflex'):
         from .naflex import RopeNaFlexVit as model_cls
         kwargs['use_naflex'] = True  # noted with the weights
+    else:
+        kwargs.pop('patchify_channels_last', None)  # a folder of a NaFlex model may note it
     feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
     return build(model_cls, fit, name, MODEL_ARGS[name], feature_cfg, pretrained, **kwargs)
 
