@@ -69,10 +69,13 @@ def detector(method: str, recipe: Recipe, classes: int, normalise: bool, seed: i
     # FCOS gives a map those boxes whose sides are 4 to 8 of its anchors away, and learns from points around the centre,
     # 1.5 strides to each side, which it counts in anchors
     anchors = tuple((stride / 4,) for stride in strides)
+    generator = AnchorGenerator(anchors, ((1.,),) * len(strides))
+    # torchvision rounds half a side, that of an anchor of 1 pixel to 0: its map would never be taught
+    generator.cell_anchors = [torch.tensor([[-1., -1., 1., 1.]]) * side / 2 for side, in anchors]
     model = FCOS(
         pyramid, classes, min_size=recipe.sizes[0], max_size=recipe.sizes[0],
         image_mean=None if normalise else [0.] * 3, image_std=None if normalise else [1.] * 3,
-        anchor_generator=AnchorGenerator(anchors, ((1.,),) * len(strides)),
+        anchor_generator=generator,
         head=FCOSHead(channels, 1, classes, num_convs=2), center_sampling_radius=6.,
         size_divisible=max(32, strides[-1]))
     return model.train()
