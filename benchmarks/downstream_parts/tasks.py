@@ -1,6 +1,6 @@
 """What models are trained and tested on: scenes in which shapes are to be found, or pixels to be labelled."""
 import sys
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from comparison.recipe import Recipe
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from timm_rope.cli.demo.command import autocast
 
 from .measures import Intersections, average_precision
-from .models import detector, segmenter
-from .scenes import CLASSES, draw_scenes, render
+from .models import detector, linear_segmenter, segmenter
+from .scenes import CLASSES, COLOURS, Drawn, draw_placed, draw_scenes, render
 
 Row = Dict[str, Any]
 BATCH = 10  # test images at a time
@@ -64,9 +64,10 @@ class Detection(Dense):
 
     figure, title = 'ap', 'AP'
     normalise = False
+    maps: Optional[int] = None
 
     def build(self, method: str, recipe: Recipe, seed: int) -> nn.Module:
-        return self.placed(detector(method, recipe, self.num_classes, self.normalise, seed))
+        return self.placed(detector(method, recipe, self.num_classes, self.normalise, seed, self.maps))
 
     def vit_of(self, model: Any) -> Any:
         return model.backbone.body.model
@@ -90,9 +91,10 @@ class Segmentation(Dense):
 
     figure, title = 'miou', 'mIoU'
     loss = staticmethod(loss_of)
+    segmenter = staticmethod(segmenter)
 
     def build(self, method: str, recipe: Recipe, seed: int) -> nn.Module:
-        return self.placed(segmenter(method, recipe, self.num_classes, seed))
+        return self.placed(self.segmenter(method, recipe, self.num_classes, seed))
 
     def vit_of(self, model: Any) -> Any:
         return model.encoder.model
@@ -121,15 +123,28 @@ class Scenes:
         for number in range(0, limit, BATCH):
             yield self.batch(min(BATCH, limit - number), size, extent, TEST_SEED + number)
 
+    def drawn(self, count: int, size: int, extent: float, seed: int) -> Drawn:
+        return render(draw_scenes(count, extent, seed), size, extent, seed)
+
     def batch(self, count: int, size: int, extent: float, seed: int) -> Any:
         raise NotImplementedError
+
+
+class Placed(Scenes):
+    """Scenes in which classes are a matter of places."""
+
+    def describe(self) -> str:
+        return f'scenes with white discs of the class of the nearest mark, {", ".join(COLOURS)}, new ones in every step'
+
+    def drawn(self, count: int, size: int, extent: float, seed: int) -> Drawn:
+        return render(draw_placed(count, extent, seed), size, extent, seed, shaded=False)
 
 
 class SceneDetection(Scenes, Detection):
     num_classes = len(CLASSES)
 
     def batch(self, count: int, size: int, extent: float, seed: int) -> Tuple[List[Tensor], List[Dict[str, Tensor]]]:
-        drawn = render(draw_scenes(count, extent, seed), size, extent, seed)
+        drawn = self.drawn(count, size, extent, seed)
         return list(drawn.images.to(self.device)), [
             dict(boxes=boxes.to(self.device), labels=classes.to(self.device))
             for boxes, classes in zip(drawn.boxes, drawn.classes)]
@@ -139,5 +154,21 @@ class SceneSegmentation(Scenes, Segmentation):
     num_classes = 1 + len(CLASSES)
 
     def batch(self, count: int, size: int, extent: float, seed: int) -> Tuple[Tensor, Tensor]:
-        drawn = render(draw_scenes(count, extent, seed), size, extent, seed)
+        drawn = self.drawn(count, size, extent, seed)
         return drawn.images.to(self.device), drawn.labels.to(self.device)
+
+
+class PlacedDetection(Placed, SceneDetection):
+    num_classes = len(COLOURS)
+    maps = 1  # coarser ones would see further
+
+
+class PlacedSegmentation(Placed, SceneSegmentation):
+    """Only pixels of discs count: among all of them models would long learn nothing but what is background."""
+
+    num_classes = len(COLOURS)
+    segmenter = staticmethod(linear_segmenter)  # the convolutions of DPT see all of a training image
+
+    def batch(self, count: int, size: int, extent: float, seed: int) -> Tuple[Tensor, Tensor]:
+        images, labels = super().batch(count, size, extent, seed)
+        return images, (labels - 1).where(labels > 0, -100)
