@@ -46,6 +46,7 @@ def _scale(width: int, channels: int, scale: float) -> nn.Module:
 
 def detector(
         method: str, recipe: Recipe, classes: int, normalise: bool, seed: int, maps: Optional[int] = None,
+        convs: int = 2,
 ) -> nn.Module:
     """FCOS (arXiv 1904.01355) on a simple pyramid.
 
@@ -79,7 +80,7 @@ def detector(
         pyramid, classes, min_size=recipe.sizes[0], max_size=recipe.sizes[0],
         image_mean=None if normalise else [0.] * 3, image_std=None if normalise else [1.] * 3,
         anchor_generator=generator,
-        head=FCOSHead(channels, 1, classes, num_convs=2), center_sampling_radius=6.,
+        head=FCOSHead(channels, 1, classes, num_convs=convs), center_sampling_radius=6.,
         size_divisible=max(32, strides[-1]))
     return model.train()
 

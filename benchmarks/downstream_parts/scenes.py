@@ -19,10 +19,10 @@ NOISE = .2
 # scenes in which classes are a matter of places: in the area of a training image 2 marks, and tries to place discs
 COLOURS = {'red': (1.5, -1.5, -1.5), 'green': (-1.5, 1.5, -1.5), 'blue': (-1.5, -1.5, 1.5)}
 MARKS, DISCS = 2, 24
-MARK, DISC = .08, (.06, .08)  # radii
+MARK, DISC = .1, (.06, .08)  # radii
 # of a disc and the nearest mark, and how much further the nearest one of another colour is; `NEAR` is more than the
 # convolutions of a detector with a map of stride 4 see of a training image of 96 pixels
-NEAR, MARGIN = .42, .1
+NEAR, MARGIN = .4, .15
 
 
 class Drawn(NamedTuple):

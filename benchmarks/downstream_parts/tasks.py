@@ -65,9 +65,10 @@ class Detection(Dense):
     figure, title = 'ap', 'AP'
     normalise = False
     maps: Optional[int] = None
+    convs = 2
 
     def build(self, method: str, recipe: Recipe, seed: int) -> nn.Module:
-        return self.placed(detector(method, recipe, self.num_classes, self.normalise, seed, self.maps))
+        return self.placed(detector(method, recipe, self.num_classes, self.normalise, seed, self.maps, self.convs))
 
     def vit_of(self, model: Any) -> Any:
         return model.backbone.body.model
@@ -160,7 +161,7 @@ class SceneSegmentation(Scenes, Segmentation):
 
 class PlacedDetection(Placed, SceneDetection):
     num_classes = len(COLOURS)
-    maps = 1  # coarser ones would see further
+    maps = convs = 1  # more would see further
 
 
 class PlacedSegmentation(Placed, SceneSegmentation):
