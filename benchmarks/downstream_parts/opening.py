@@ -28,8 +28,10 @@ RECIPES: Dict[str, Dict[str, Recipe]] = {
             patch_size=4, steps=400, batch_size=16, learning_rate=4e-3, test_images=200, **TINY),
         'segmentation': Recipe(
             patch_size=8, steps=400, batch_size=16, learning_rate=4e-3, test_images=200, **TINY),
-        **dict.fromkeys(('detection_placed', 'segmentation_placed'), Recipe(
-            patch_size=8, steps=500, batch_size=16, learning_rate=2e-3, test_images=200, **PLACED)),
+        'detection_placed': Recipe(
+            patch_size=8, steps=300, batch_size=16, learning_rate=2e-3, test_images=200, **PLACED),
+        'segmentation_placed': Recipe(
+            patch_size=8, steps=500, batch_size=16, learning_rate=2e-3, test_images=200, **PLACED),
         'coco': Recipe(patch_size=8, steps=2000, batch_size=8, learning_rate=1e-3, test_images=1000, **TINY),
         'ade20k': Recipe(patch_size=8, steps=2000, batch_size=8, learning_rate=1e-3, test_images=1000, **TINY),
     },
