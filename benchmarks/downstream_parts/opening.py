@@ -29,7 +29,7 @@ RECIPES: Dict[str, Dict[str, Recipe]] = {
         'segmentation': Recipe(
             patch_size=8, steps=400, batch_size=16, learning_rate=4e-3, test_images=200, **TINY),
         'detection_placed': Recipe(
-            patch_size=8, steps=300, batch_size=16, learning_rate=2e-3, test_images=200, **PLACED),
+            patch_size=8, steps=600, batch_size=16, learning_rate=2e-3, test_images=200, **PLACED),
         'segmentation_placed': Recipe(
             patch_size=8, steps=500, batch_size=16, learning_rate=2e-3, test_images=200, **PLACED),
         'coco': Recipe(patch_size=8, steps=2000, batch_size=8, learning_rate=1e-3, test_images=1000, **TINY),
