@@ -46,7 +46,7 @@ def loss_of(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor)
     """Cross entropy of logits (N, classes, ...) and labels (N, ...); labels of -100 do not count."""
     with autocast(images.device):
         logits = forward(images)
-    return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(logits.float(), labels, reduction='sum') / (labels >= 0).sum().clamp(min=1)
 
 
 class Classification:

@@ -1,6 +1,6 @@
 """A detector and a segmenter on a ViT, as users build them."""
 from collections import OrderedDict
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import timm
 import torch
@@ -44,7 +44,10 @@ def _scale(width: int, channels: int, scale: float) -> nn.Module:
         nn.GroupNorm(1, channels))
 
 
-def detector(method: str, recipe: Recipe, classes: int, normalise: bool, seed: int) -> nn.Module:
+def detector(
+        method: str, recipe: Recipe, classes: int, normalise: bool, seed: int, maps: Optional[int] = None,
+        convs: int = 2,
+) -> nn.Module:
     """FCOS (arXiv 1904.01355) on a simple pyramid.
 
     Args:
@@ -54,6 +57,7 @@ def detector(method: str, recipe: Recipe, classes: int, normalise: bool, seed: i
         normalise: Images are within 0 .. 1 and get the mean and deviation of ImageNet; otherwise they are left as they
             are.
         seed: Of the weights.
+        maps: How many of the pyramid, finest first; all of them by default.
     """
     from torchvision.models.detection import FCOS
     from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -62,18 +66,21 @@ def detector(method: str, recipe: Recipe, classes: int, normalise: bool, seed: i
     torch.manual_seed(seed)
     channels = 32 * max(1, recipe.embed_dim // 64)  # FCOS normalises 32 groups
     # from 4 to 16 pixels, or two patches
-    strides = [2 ** i for i in range(2, max(5, recipe.patch_size.bit_length() + 1))]
+    strides = [2 ** i for i in range(2, max(5, recipe.patch_size.bit_length() + 1))][:maps]
     pyramid = SimplePyramid(
         timm.create_model(**vit_arguments(method, recipe), features_only=True, out_indices=[-1]), channels,
         [recipe.patch_size / stride for stride in strides])
     # FCOS gives a map those boxes whose sides are 4 to 8 of its anchors away, and learns from points around the centre,
     # 1.5 strides to each side, which it counts in anchors
     anchors = tuple((stride / 4,) for stride in strides)
+    generator = AnchorGenerator(anchors, ((1.,),) * len(strides))
+    # torchvision rounds half a side, that of an anchor of 1 pixel to 0: its map would never be taught
+    generator.cell_anchors = [torch.tensor([[-1., -1., 1., 1.]]) * side / 2 for side, in anchors]
     model = FCOS(
         pyramid, classes, min_size=recipe.sizes[0], max_size=recipe.sizes[0],
         image_mean=None if normalise else [0.] * 3, image_std=None if normalise else [1.] * 3,
-        anchor_generator=AnchorGenerator(anchors, ((1.,),) * len(strides)),
-        head=FCOSHead(channels, 1, classes, num_convs=2), center_sampling_radius=6.,
+        anchor_generator=generator,
+        head=FCOSHead(channels, 1, classes, num_convs=convs), center_sampling_radius=6.,
         size_divisible=max(32, strides[-1]))
     return model.train()
 
@@ -101,3 +108,28 @@ def segmenter(method: str, recipe: Recipe, classes: int, seed: int) -> nn.Module
         if isinstance(module, nn.Dropout):
             module.p = 0.  # a run that was interrupted would draw others
     return model.train()
+
+
+class LinearSegmenter(nn.Module):
+    """A linear layer that says of every token what its pixels are: beyond a patch only attention sees anything.
+
+    Args:
+        encoder: Made with `features_only=True, out_indices=[-1]`.
+        patch_size: In pixels.
+        classes: Number of classes.
+    """
+
+    def __init__(self, encoder: Any, patch_size: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Conv2d(encoder.feature_info.channels()[-1], classes * patch_size ** 2, 1)
+        self.shuffle = nn.PixelShuffle(patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shuffle(self.head(self.encoder(x)[0]))
+
+
+def linear_segmenter(method: str, recipe: Recipe, classes: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    encoder = timm.create_model(**vit_arguments(method, recipe), features_only=True, out_indices=[-1])
+    return LinearSegmenter(encoder, recipe.patch_size, classes).train()

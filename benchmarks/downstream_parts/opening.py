@@ -10,14 +10,17 @@ from comparison.recipe import Recipe
 from timm_rope.plugin import too_old
 
 from .folders import Ade, Coco
-from .tasks import SceneDetection, SceneSegmentation
+from .tasks import PlacedDetection, PlacedSegmentation, SceneDetection, SceneSegmentation
 
-MADE_UP = {'detection': SceneDetection, 'segmentation': SceneSegmentation}
+MADE_UP = {
+    'detection': SceneDetection, 'segmentation': SceneSegmentation, 'detection_placed': PlacedDetection,
+    'segmentation_placed': PlacedSegmentation}
 FOLDERS = {'coco': Coco, 'ade20k': Ade}
 # the extra `downstream` of setup.cfg; torchvision has FCOS since 0.12, segmentation_models_pytorch DPT since 0.5
 NEEDS = {'torchvision': (0, 12), 'pycocotools': (2, 0), 'segmentation_models_pytorch': (0, 5)}
 
 TINY: Dict[str, Any] = dict(sizes=(64, 128, 96), embed_dim=48, num_heads=2, depth=3)
+PLACED: Dict[str, Any] = {**TINY, 'sizes': (96, 192, 128)}
 SMALL: Dict[str, Any] = dict(embed_dim=384, num_heads=8, depth=12, learning_rate=5e-4)
 RECIPES: Dict[str, Dict[str, Recipe]] = {
     'small': {
@@ -25,6 +28,10 @@ RECIPES: Dict[str, Dict[str, Recipe]] = {
             patch_size=4, steps=400, batch_size=16, learning_rate=4e-3, test_images=200, **TINY),
         'segmentation': Recipe(
             patch_size=8, steps=400, batch_size=16, learning_rate=4e-3, test_images=200, **TINY),
+        'detection_placed': Recipe(
+            patch_size=8, steps=600, batch_size=16, learning_rate=2e-3, test_images=200, **PLACED),
+        'segmentation_placed': Recipe(
+            patch_size=8, steps=500, batch_size=16, learning_rate=2e-3, test_images=200, **PLACED),
         'coco': Recipe(patch_size=8, steps=2000, batch_size=8, learning_rate=1e-3, test_images=1000, **TINY),
         'ade20k': Recipe(patch_size=8, steps=2000, batch_size=8, learning_rate=1e-3, test_images=1000, **TINY),
     },
@@ -33,6 +40,8 @@ RECIPES: Dict[str, Dict[str, Recipe]] = {
             sizes=(256, 512, 384), patch_size=16, steps=5000, batch_size=32, test_images=1000, **SMALL),
         'segmentation': Recipe(
             sizes=(256, 512, 384), patch_size=16, steps=5000, batch_size=32, test_images=1000, **SMALL),
+        **dict.fromkeys(('detection_placed', 'segmentation_placed'), Recipe(
+            sizes=(256, 512, 384), patch_size=16, steps=5000, batch_size=32, test_images=1000, **SMALL)),
         'coco': Recipe(sizes=(512, 1024, 768), patch_size=16, steps=90_000, batch_size=16, test_images=5000, **SMALL),
         'ade20k': Recipe(sizes=(512, 1024, 768), patch_size=16, steps=80_000, batch_size=16, test_images=2000, **SMALL),
     },

@@ -48,7 +48,7 @@ def content_of(folder):
 # -- scenes
 
 def placed(kind, y=.5, x=.5, radius=.25, angle=0.):
-    return torch.tensor([[[kind, y, x, radius, angle, 5., 5., 5.]]])
+    return torch.tensor([[[kind, y, x, radius, angle, 5., 5., 5., kind]]])
 
 
 @pytest.mark.parametrize('kind, area', [
@@ -91,6 +91,85 @@ def test_a_shape_in_front_hides_those_behind():
     assert drawn.labels[0, 64, 64] == 2 and drawn.labels[0, 64, 35] == 3 and drawn.classes[0].tolist() == [2, 1]
     hidden = scenes.render(torch.cat([front, behind], 1), 128, 1., 0)
     assert hidden.classes[0].tolist() == [2], 'what is not seen at all is not to be found'
+
+
+# -- scenes in which classes are a matter of places
+
+@pytest.mark.parametrize('extent', [1., 2.])
+def test_a_disc_has_the_class_of_the_nearest_mark_which_is_far(extent):
+    size = round(96 * extent)
+    drawn = scenes.render(scenes.draw_placed(8, extent, 1), size, extent, 1, shaded=False)
+    shown = set()
+    for image, labels, found, classes in zip(*drawn):
+        # by what can be seen: pixels of the colours of marks
+        marks = [(image == torch.tensor(colour)[:, None, None]).all(0).nonzero() for colour in scenes.COLOURS.values()]
+        assert sum(len(mark) > 0 for mark in marks) == (2 if extent == 1 else 3) and (labels >= 0).all()
+        for (x0, y0, x1, y1), number in zip(found.tolist(), classes.tolist()):
+            middle = torch.tensor([y0 + y1, x0 + x1]) / 2
+            away = [(mark + .5 - middle).norm(dim=1).min().item() if len(mark) else size for mark in marks]
+            assert away[number] == min(away) > 96 * (scenes.NEAR - scenes.MARK) - 2
+            assert sorted(away)[1] - min(away) > 96 * (scenes.MARGIN - .3 * scenes.MARK) - 2
+            assert (labels[round(middle[0].item()), round(middle[1].item())] == number + 1) and x1 - x0 < 18
+            assert (image[:, round(middle[0].item()), round(middle[1].item())] == 1.5).all(), 'all look alike'
+            shown.add(number)
+    assert shown == {0, 1, 2}
+
+
+def test_where_a_disc_or_a_mark_lies_alone_does_not_tell_the_class():
+    scene = scenes.draw_placed(4000, 1., 2)
+    disc = scene[scene[..., 8] >= 0]
+    quarter = (disc[:, 1] > .5) * 2 + (disc[:, 2] > .5)
+    for number in range(4):
+        shares = torch.bincount(disc[quarter == number, 8].long()) / (quarter == number).sum()
+        assert shares.tolist() == pytest.approx([1 / 3] * 3, abs=.05)
+    # dealing colours out otherwise, all else the same, exchanges the classes
+    marks = scene[:, :2]
+    reds = (marks[..., 5:8] == torch.tensor(scenes.COLOURS['red'])).all(2)
+    assert reds.float().mean(0).tolist() == pytest.approx([1 / 3] * 2, abs=.03) and reds.sum(1).max() == 1
+
+
+def test_a_patch_does_not_see_in_the_background_where_it_is():
+    for shaded in (False, True):
+        image = scenes.render(placed(-1), 96, 1., 5, shaded).images[0]
+        halves = image.mean(1).unflatten(1, (2, 48)).mean(2).T
+        assert torch.allclose(*halves, atol=.02) == (not shaded)
+
+
+def test_from_a_disc_the_convolutions_of_a_detector_see_no_mark():
+    recipe = replace(TINY, sizes=(96, 192))
+    model = opening.open_task('detection_placed', None, 'cpu', 0).build('none', recipe, 0)
+    maps = torch.rand(1, recipe.embed_dim, 12, 12, requires_grad=True)
+    head = model.head.classification_head
+    for part in (model.backbone, head):  # norms are of the whole map, and see no places
+        for module in part.modules():
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.GroupNorm):
+                    setattr(module, name, torch.nn.Identity())
+    scale, = model.backbone.scales
+    logits = head([scale(maps)]).view(24, 24, 3)
+    for cell in (11, 12):
+        seen, = torch.autograd.grad(logits[cell, cell].sum(), maps, retain_graph=True)
+        tokens = seen.abs().sum(1)[0].nonzero()
+        middle = 4 * (cell + .5)
+        reach = max(middle - 8 * tokens.min().item(), 8 * (tokens.max().item() + 1) - middle)
+        assert 8 <= reach < 24
+        # a disc is in the middle of a cell but for 2 pixels; what is seen is a square
+        assert 2 ** .5 * (reach + 2) + scenes.MARK * 96 < scenes.NEAR * 96
+
+
+def test_beyond_a_patch_a_linear_segmenter_sees_nothing_but_by_attention():
+    class Encoder(torch.nn.Module):
+        feature_info = type('Info', (), dict(channels=lambda self: [12]))()
+
+        def forward(self, x):
+            return [torch.nn.functional.avg_pool2d(x, 8).repeat(1, 4, 1, 1)]
+
+    model = models.LinearSegmenter(Encoder(), 8, 3)
+    image = torch.rand(1, 3, 32, 48)
+    before = model(image)
+    image[..., 8:16, 24:32] = 0
+    changed = (model(image) != before).any(1)[0]
+    assert before.shape == (1, 3, 32, 48) and changed[8:16, 24:32].all() and changed.sum() == 64
 
 
 # -- measures
@@ -144,7 +223,7 @@ def test_intersections_of_a_case_by_hand():
 
 # -- models
 
-@pytest.mark.parametrize('name', ['detection', 'segmentation'])
+@pytest.mark.parametrize('name', list(opening.MADE_UP))
 def test_models_are_those_of_the_method_at_any_size(name):
     task = opening.open_task(name, None, 'cpu', 0)
     for method in downstream.METHODS + downstream.MORE[-1:]:
@@ -164,6 +243,25 @@ def test_models_are_those_of_the_method_at_any_size(name):
     assert loss.isfinite() and all(p.grad is not None for p in vit.blocks.parameters())
 
 
+def test_every_map_of_a_detector_is_taught():
+    model = opening.open_task('detection', None, 'cpu', 0).build('none', replace(TINY, sizes=(64, 128)), 0)
+    for stride, half in ((4, 6.), (8, 12.), (16, 24.)):
+        model.zero_grad()
+        box = torch.tensor([[32 - half, 32 - half, 32 + half, 32 + half]])
+        losses = model([torch.rand(3, 64, 64)], [dict(boxes=box, labels=torch.tensor([1]))])
+        losses['bbox_ctrness'].backward()  # of points within boxes
+        taught = [scale[-2].weight.grad for scale in model.backbone.scales]
+        assert [grad is not None and bool(grad.any()) for grad in taught] == [stride == 2 ** (2 + i) for i in range(3)]
+
+
+def test_batches_without_a_label_have_a_loss():
+    logits = torch.rand(2, 3, 4, 4)
+    assert training.loss_of(lambda x: x, logits, torch.full((2, 4, 4), -100)) == 0
+    some = torch.full((2, 4, 4), -100)
+    some[0, 1] = 2
+    assert torch.allclose(training.loss_of(lambda x: x, logits, some), torch.nn.functional.cross_entropy(logits, some))
+
+
 def test_the_pyramid_has_its_scales():
     class Body(torch.nn.Module):
         feature_info = type('Info', (), dict(channels=lambda self: [12]))()
@@ -177,8 +275,9 @@ def test_the_pyramid_has_its_scales():
 
 # -- the command
 
-def test_both_are_trained_tested_shown_and_not_done_twice(tmp_path, monkeypatch, capsys):
-    folder, tasks = tmp_path / 'out', ('detection', 'segmentation')
+@pytest.mark.parametrize('tasks', [('detection', 'segmentation'), ('detection_placed', 'segmentation_placed')])
+def test_both_are_trained_tested_shown_and_not_done_twice(tasks, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'out'
     assert command(folder, tasks=tasks, methods=('ape', 'mixed_ape')) == 0
     out = capsys.readouterr().out
     content = content_of(folder)
@@ -190,7 +289,7 @@ def test_both_are_trained_tested_shown_and_not_done_twice(tmp_path, monkeypatch,
             [(32, 'same', 'extrapolate'), *kinds] if rotary else
             [(32, 'same', None), (64, 'same', None), (64, 'enlarged', None)])
         assert [t['images'] for t in row['tests']] == [4] + [2] * (4 if rotary else 2)
-    assert '**detection**, AP' in out and '**segmentation**, mIoU' in out and '| `mixed_ape` |' in out
+    assert f'**{tasks[0]}**, AP' in out and f'**{tasks[1]}**, mIoU' in out and '| `mixed_ape` |' in out
     heads = ['32 px', '64 px', '64 px, `interpolate`', '64 px, enlarged', '64 px, enlarged, `interpolate`', 'seeds']
     assert f'|  | {" | ".join(heads)} |' in out
     assert (folder / 'figures.png').stat().st_size > 5000 and not os.listdir(folder / 'unfinished')
@@ -198,7 +297,7 @@ def test_both_are_trained_tested_shown_and_not_done_twice(tmp_path, monkeypatch,
     assert command(folder, tasks=tasks, methods=('ape', 'mixed_ape')) == 0
 
 
-@pytest.mark.parametrize('name', ['detection', 'segmentation'])
+@pytest.mark.parametrize('name', ['detection', 'segmentation', 'detection_placed'])
 def test_an_interruption_loses_nothing(name, tmp_path, monkeypatch, capsys):
     save, saved = training.Training.save, []
 
