@@ -124,7 +124,7 @@ def test_check_finds_a_wrong_conversion(key, change, convert, monkeypatch):
 
 def test_an_embedding_is_resized_as_the_original_does():
     table = torch.randn(1, 17, 3)
-    got = _resized(table, (4, 4), (6, 5), 1)
+    got = _resized(table, (4, 4), (6, 5), 1, False)
     image = table[0, 1:].T.view(1, 3, 4, 4)
     expected = F.interpolate(image, (6, 5), mode='bicubic', align_corners=False, antialias=False)
     assert torch.equal(got[:, :1], table[:, :1]) and torch.equal(got[0, 1:].T.view(1, 3, 6, 5), expected)

@@ -169,7 +169,8 @@ def _heads(rope: RotaryEncoding) -> int:
 def _form(rotation: Rotation) -> Any:
     """What two rotations share that make the same of the same frequencies."""
     kind = BlockRotation if type(rotation) is PlanesRotation else type(rotation)
-    return kind, {k: v for k, v in vars(rotation).items() if k[0] != '_' and k not in ('training', 'planes')}
+    how = ('training', 'planes', 'commuting')  # how the same is made
+    return kind, {k: v for k, v in vars(rotation).items() if k[0] != '_' and k not in how}
 
 
 def _scale(source: RotaryEncoding, target: RotaryEncoding, origin_matters: bool) -> Tensor:
