@@ -121,7 +121,7 @@ def load(source: Source, model_kwargs: Dict[str, Any], use_ema: bool) -> Subject
     weights, average, extra = unwrap(source.checkpoint.read())
     if use_ema:
         if not average:
-            raise ValueError(f'{source.checkpoint.path} holds no averaged (EMA) weights: leave out --use-ema.')
+            raise ValueError(f'{source.checkpoint} holds no averaged (EMA) weights: leave out --use-ema.')
         weights = average
     kwargs, data = _as_trained(source, weights, extra)
     model = timm.create_model(**resolve_model_input_args(source.name, {}, **{**kwargs, **model_kwargs}))
@@ -132,9 +132,9 @@ def load(source: Source, model_kwargs: Dict[str, Any], use_ema: bool) -> Subject
 def _as_trained(
         source: Source, weights: Dict[str, Tensor], extra: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """Constructor arguments and preparation of images, as far as the checkpoint tells."""
-    config, path = training_config(extra), source.checkpoint.path if source.checkpoint else None
+    config = training_config(extra)
     if config.architecture and config.architecture != source.name.partition('.')[0]:
-        raise ValueError(f'{path} holds weights of {config.architecture!r}, not of {source.name!r}.')
+        raise ValueError(f'{source.checkpoint} holds weights of {config.architecture!r}, not of {source.name!r}.')
     kwargs = {key: value for key, value in config.model_args.items() if key not in NOT_OF_THE_MODEL}
     cfg = timm.get_pretrained_cfg(source.name)
     if config.architecture:

@@ -29,6 +29,9 @@ class WeightFile:
         self._hashed = hashed
         self._opened: List[os.stat_result] = []
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     def read(self) -> Dict[str, Any]:
         """What the file holds, see `read_weights`. The bytes of a safetensors file may be compared later, see `wait`.
 
